@@ -1,0 +1,103 @@
+"""Resolve a stage's config: defaults < shared YAML blocks < the stage's block < --set < flags."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from nexus_cli.config.base import ConfigModel
+from nexus_cli.errors import ConfigError
+
+STAGES = frozenset({"collect", "pca", "convert", "precompute", "train", "validate", "plot"})
+SHARED = frozenset({"model", "data", "runtime", "dtype"})
+
+ConfigT = TypeVar("ConfigT", bound=ConfigModel)
+
+
+def resolve(
+    model: type[ConfigT],
+    section: str,
+    *,
+    file: Path | None = None,
+    sets: Sequence[str] = (),
+    **flags: Any,
+) -> ConfigT:
+    """Build ``model``. ``sets`` are ``path=value`` strings; a flag of ``None`` was not given.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown key, or a value out of its range; the
+            message names every bad key.
+    """
+    document = _read(file) if file else {}
+    values = {key: document[key] for key in SHARED & document.keys() & model.model_fields.keys()}
+    for layer in (document.get(section) or {}, *map(_parse_set, sets), _given(flags)):
+        if not isinstance(layer, Mapping):
+            raise ConfigError(f"{file}: block '{section}' must hold keys and values")
+        values = _merge(values, layer)
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_where(section, e['loc'])}: {e['msg']}" for e in error.errors())
+        raise ConfigError(
+            f"invalid settings\n{problems}", hint=f"nexus {section} --help lists the flags"
+        ) from error
+
+
+def _where(section: str, location: Sequence[int | str]) -> str:
+    return ".".join(map(str, (section, *location)))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(
+            f"{file} must hold blocks such as 'train:', not a {type(document).__name__}"
+        )
+    if unknown := sorted(map(str, document.keys() - STAGES - SHARED)):
+        raise ConfigError(
+            f"{file}: unknown block {', '.join(unknown)}",
+            hint=f"the blocks are {', '.join(sorted(STAGES | SHARED))}",
+        )
+    return document
+
+
+def _parse_set(text: str) -> dict[str, Any]:
+    path, separator, value = text.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"--set takes path=value, not {text!r}")
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {path}: {value!r} is not a YAML value") from error
+    for name in reversed(path.split(".")):
+        parsed = {name: parsed}
+    return dict(parsed)
+
+
+def _given(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """``flags`` without the ones that the user left out."""
+    nested = {k: _given(v) if isinstance(v, Mapping) else v for k, v in flags.items()}
+    return {k: v for k, v in nested.items() if v is not None and v != {}}
+
+
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``over`` on top, mapping by mapping."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            merged[key] = _merge(below, value)
+        else:
+            merged[key] = value
+    return merged

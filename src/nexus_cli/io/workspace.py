@@ -1,0 +1,45 @@
+"""Where things are in a run's directory. Paths only: no stage logic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nexus_cli.errors import WorkspaceError
+from nexus_cli.io import manifest
+from nexus_cli.io.manifest import Manifest
+
+DEFAULT_ROOT = Path("runs/default")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A run's directory, one folder for each stage."""
+
+    root: Path = DEFAULT_ROOT
+
+    def stage_dir(self, stage: str) -> Path:
+        """The folder that ``stage`` owns. It may not exist yet."""
+        return self.root / stage
+
+    def manifest_path(self, stage: str) -> Path:
+        """The record that a finished ``stage`` leaves."""
+        return self.stage_dir(stage) / manifest.FILENAME
+
+    def find(self, stage: str) -> Manifest | None:
+        """The manifest of ``stage``, or ``None`` if it has not finished."""
+        return manifest.read(self.manifest_path(stage))
+
+    def require(self, stage: str) -> Manifest:
+        """The manifest of a finished stage whose outputs are all there.
+
+        Raises:
+            WorkspaceError: the stage has not finished, or lost an output.
+        """
+        found = self.find(stage)
+        hint = f"run: nexus {stage} --workspace {self.root}"
+        if found is None:
+            raise WorkspaceError(f"{self.root} has no finished '{stage}' stage", hint=hint)
+        if not manifest.is_whole(self.stage_dir(stage), found):
+            raise WorkspaceError(f"{self.stage_dir(stage)} lost some of its files", hint=hint)
+        return found

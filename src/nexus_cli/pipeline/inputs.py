@@ -1,0 +1,45 @@
+"""Find what a stage reads: an explicit path, or the output of the stage before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nexus_cli.errors import WorkspaceError
+from nexus_cli.io import manifest, model_dir
+from nexus_cli.io.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Something that a stage reads, and the identity of its content."""
+
+    path: Path
+    digest: str
+
+
+def stage_input(workspace: Workspace, stage: str, explicit: Path | None) -> Artifact:
+    """The main output of ``stage``; an explicit path beats the workspace.
+
+    Raises:
+        WorkspaceError: the path is missing, or the stage has not finished or is stale.
+    """
+    if explicit is not None:
+        return _from_path(explicit.expanduser(), stage)
+    found = workspace.require(stage)
+    return Artifact(workspace.stage_dir(stage) / found.main, found.digest)
+
+
+def model_input(name: str | Path) -> Artifact:
+    """A model folder by path, or the embedded model."""
+    path = model_dir.resolve_model(name)
+    model_dir.read_shape(path)
+    return Artifact(path, model_dir.fingerprint(path))
+
+
+def _from_path(path: Path, stage: str) -> Artifact:
+    if not path.exists():
+        raise WorkspaceError(f"{path} does not exist", hint=f"nexus {stage} writes it")
+    if (path / "config.json").is_file():
+        return model_input(path)
+    return Artifact(path, manifest.describe(path, "input").sha256)
