@@ -162,7 +162,7 @@ def _to_line(record: Mapping[str, Any]) -> str:
     if not _is_step(record.get("step")):
         raise ValueError(f'a metrics record needs a whole "step", not {record.get("step")!r}')
     ordered = {"step": record["step"], **record}
-    return json.dumps(_finite(ordered), allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(_finite(ordered), allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
