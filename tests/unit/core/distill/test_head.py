@@ -1,0 +1,310 @@
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nexus_cli.core.distill.head import head_loss
+from nexus_cli.core.distill.teacher import DenseSignal, TopKSignal
+
+# Shape letters: N positions, H hidden size, V vocabulary, K teacher entries.
+
+N, H, V = 11, 6, 23
+
+
+def problem(seed=0, dtype=torch.float64):
+    """Hidden states, head, labels and ragged weights: some positions have one, both or none."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden_NH = torch.randn(N, H, generator=generator, dtype=dtype)
+    head_VH = torch.randn(V, H, generator=generator, dtype=dtype)
+    labels_N = torch.randint(V, (N,), generator=generator)
+    ce_N = torch.rand(N, generator=generator, dtype=torch.float64)
+    kd_N = torch.rand(N, generator=generator, dtype=torch.float64)
+    ce_N[[0, 3, 4]] = 0
+    kd_N[[0, 1, 5]] = 0
+    return hidden_NH, head_VH, labels_N, ce_N, kd_N
+
+
+def topk_signal(hidden_NH, head_VH, k, temperature):
+    logp_NV = torch.log_softmax(hidden_NH @ head_VH.T / temperature, -1)
+    logprobs_NK, ids_NK = logp_NV.topk(k)
+    tail_N = logp_NV.scatter(1, ids_NK, -torch.inf).logsumexp(-1)
+    return TopKSignal(ids_NK, logprobs_NK, tail_N, temperature)
+
+
+def dense_kl(logits_NV, teacher_NV, temperature):
+    p_NV = torch.log_softmax(teacher_NV / temperature, -1)
+    q_NV = torch.log_softmax(logits_NV / temperature, -1)
+    return torch.nn.functional.kl_div(q_NV, p_NV, reduction="none", log_target=True).sum(-1)
+
+
+def bucket_kl(logits_NV, signal, temperature):
+    """The same KL by the definition: sum both into K + 1 buckets, then compare, row by row."""
+    q_NV = torch.softmax(logits_NV / temperature, -1)
+    kls = []
+    for q_V, ids_K, logp_K, tail in zip(
+        q_NV, signal.ids_NK, signal.logprobs_NK, signal.tail_logprob_N, strict=True
+    ):
+        used_K = logp_K > -torch.inf
+        kept = torch.zeros(V, dtype=torch.bool)
+        kept[ids_K[used_K]] = True
+        p_K = logp_K[used_K].exp()
+        kl = (p_K * (p_K.log() - q_V[ids_K[used_K]].log())).sum()
+        if tail > -torch.inf:
+            kl = kl + tail.exp() * (tail - q_V[~kept].sum().log())
+        kls.append(kl)
+    return torch.stack(kls)
+
+
+def check_against_autograd(signal, kl_of_logits, temperature):
+    hidden_NH, head_VH, labels_N, ce_N, kd_N = problem()
+    if signal is None:
+        kd_N = torch.zeros_like(kd_N)
+    ours_NH = hidden_NH.clone().requires_grad_()
+    oracle_NH = hidden_NH.clone().requires_grad_()
+
+    loss = head_loss(
+        ours_NH, head_VH, labels_N, ce_N, kd_N, signal, temperature=temperature, chunk_size=4
+    )
+    (3 * loss.total).backward()
+
+    logits_NV = oracle_NH @ head_VH.T
+    ce = torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="none")
+    kd = kl_of_logits(logits_NV) * temperature**2
+    expected = (ce_N * ce + kd_N * kd).sum()
+    (3 * expected).backward()
+
+    torch.testing.assert_close(loss.total, expected)
+    torch.testing.assert_close(ours_NH.grad, oracle_NH.grad)
+    active_N = (ce_N != 0) | (kd_N != 0)
+    torch.testing.assert_close(loss.ce_N, torch.where(active_N, ce, 0.0).detach())
+    torch.testing.assert_close(loss.kd_N, torch.where(kd_N != 0, kd, 0.0).detach())
+
+
+def test_without_a_teacher_it_is_weighted_cross_entropy():
+    check_against_autograd(None, lambda logits_NV: logits_NV.new_zeros(N), 1.0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_dense_teacher_gives_the_loss_and_gradient_of_autograd(temperature):
+    teacher_NH = torch.randn(N, H, dtype=torch.float64)
+    teacher_NV = teacher_NH @ problem()[1].T
+    check_against_autograd(
+        DenseSignal(teacher_NH),
+        lambda logits_NV: dense_kl(logits_NV, teacher_NV, temperature),
+        temperature,
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("k", [1, 5, V - 1, V])
+def test_a_top_k_teacher_gives_the_loss_and_gradient_of_autograd(temperature, k):
+    signal = topk_signal(torch.randn(N, H, dtype=torch.float64), problem()[1], k, temperature)
+    check_against_autograd(
+        signal, lambda logits_NV: bucket_kl(logits_NV, signal, temperature), temperature
+    )
+
+
+def test_unused_top_k_entries_belong_to_the_tail_whatever_their_ids():
+    whole = topk_signal(torch.randn(N, H, dtype=torch.float64), problem()[1], 5, 1.0)
+    logprobs_NK, ids_NK = whole.logprobs_NK.clone(), whole.ids_NK.clone()
+    logprobs_NK[::2, 3:] = -torch.inf
+    logprobs_NK[1::2, 0] = -torch.inf
+    ids_NK[::2, 3:] = 0
+    tail_N = (1 - logprobs_NK.exp().sum(-1)).log()
+    signal = TopKSignal(ids_NK, logprobs_NK, tail_N)
+    check_against_autograd(signal, lambda logits_NV: bucket_kl(logits_NV, signal, 1.0), 1.0)
+
+
+@pytest.mark.parametrize("kind", ["none", "dense", "top-k"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_gradient_passes_gradcheck(kind, temperature):
+    hidden_NH, head_VH, labels_N, ce_N, kd_N = problem()
+    teacher_NH = torch.randn(N, H, dtype=torch.float64)
+    signal = {
+        "none": None,
+        "dense": DenseSignal(teacher_NH),
+        "top-k": topk_signal(teacher_NH, head_VH, 4, temperature),
+    }[kind]
+    if signal is None:
+        kd_N = torch.zeros_like(kd_N)
+
+    def total(hidden_NH):
+        return head_loss(
+            hidden_NH, head_VH, labels_N, ce_N, kd_N, signal, temperature=temperature, chunk_size=4
+        ).total
+
+    assert torch.autograd.gradcheck(total, hidden_NH.requires_grad_())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_student_equal_to_its_teacher_has_kl_and_gradient_of_exactly_zero(dtype, temperature):
+    hidden_NH, head_VH, labels_N, _, kd_N = problem(dtype=dtype)
+    hidden_NH.requires_grad_()
+    loss = head_loss(
+        hidden_NH,
+        head_VH,
+        labels_N,
+        torch.zeros(N),
+        kd_N,
+        DenseSignal(hidden_NH.detach().clone()),
+        temperature=temperature,
+        chunk_size=4,
+    )
+    loss.total.backward()
+    assert loss.total.item() == 0
+    assert loss.kd_N.abs().max() == 0
+    assert hidden_NH.grad.abs().max() == 0
+
+
+def test_bf16_weights_lose_only_the_rounding_of_the_inputs():
+    hidden_NH, head_VH, labels_N, ce_N, kd_N = problem(dtype=torch.bfloat16)
+    teacher_NH = torch.randn(N, H).to(torch.bfloat16)
+    exact_NH = hidden_NH.double().requires_grad_()
+    hidden_NH.requires_grad_()
+
+    signals = DenseSignal(teacher_NH), DenseSignal(teacher_NH.double())
+    ours = head_loss(hidden_NH, head_VH, labels_N, ce_N, kd_N, signals[0])
+    exact = head_loss(exact_NH, head_VH.double(), labels_N, ce_N, kd_N, signals[1])
+    ours.total.backward()
+    exact.total.backward()
+
+    assert ours.ce_N.dtype == torch.float32
+    torch.testing.assert_close(ours.ce_N.double(), exact.ce_N, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.kd_N.double(), exact.kd_N, rtol=1e-5, atol=1e-5)
+    assert hidden_NH.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(hidden_NH.grad.double(), exact_NH.grad, rtol=3e-2, atol=3e-2)
+
+
+def test_autocast_does_not_lower_the_precision():
+    hidden_NH, head_VH, labels_N, ce_N, kd_N = problem(dtype=torch.float32)
+    signal = DenseSignal(torch.randn(N, H))
+    plain = head_loss(hidden_NH, head_VH, labels_N, ce_N, kd_N, signal)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = head_loss(hidden_NH, head_VH, labels_N, ce_N, kd_N, signal)
+    assert torch.equal(plain.total, cast.total)
+
+
+def test_the_chunk_size_does_not_change_the_loss():
+    hidden_NH, head_VH, labels_N, ce_N, kd_N = problem()
+    signal = DenseSignal(torch.randn(N, H, dtype=torch.float64))
+    losses = [
+        head_loss(hidden_NH, head_VH, labels_N, ce_N, kd_N, signal, chunk_size=size).total
+        for size in (1, 3, N, 1000)
+    ]
+    torch.testing.assert_close(torch.stack(losses), losses[0].expand(4))
+
+
+def test_a_certain_student_that_gives_the_tail_no_mass_has_a_finite_loss():
+    head_VH = torch.eye(4)
+    hidden_NH = torch.tensor([[200.0, 0, 0, 0]], requires_grad=True)
+    teacher = topk_signal(torch.zeros(1, 4), head_VH, 1, 1.0)
+    loss = head_loss(hidden_NH, head_VH, torch.tensor([0]), torch.ones(1), torch.ones(1), teacher)
+    loss.total.backward()
+    assert loss.total.isfinite()
+    assert hidden_NH.grad.isfinite().all()
+
+
+def test_labels_of_inactive_positions_are_never_read():
+    hidden_NH, head_VH, labels_N, ce_N, kd_N = problem()
+    signal = DenseSignal(torch.randn(N, H, dtype=torch.float64))
+    expected = head_loss(hidden_NH, head_VH, labels_N, ce_N, kd_N, signal).total
+    labels_N[0] = -100
+    assert torch.equal(head_loss(hidden_NH, head_VH, labels_N, ce_N, kd_N, signal).total, expected)
+
+
+def test_no_active_position_gives_zero_loss_and_zero_gradient():
+    hidden_NH, head_VH, labels_N, _, _ = problem()
+    hidden_NH.requires_grad_()
+    loss = head_loss(hidden_NH, head_VH, labels_N, torch.zeros(N), torch.zeros(N), None)
+    loss.total.backward()
+    assert loss.total.item() == 0
+    assert hidden_NH.grad.abs().max() == 0
+
+
+class Allocations(TorchDispatchMode):
+    """Records the largest tensor that any operation returns, and rows that met the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+        self.projected_rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default and result.shape[1] == 4096:
+            self.projected_rows += result.shape[0]
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().size())
+        return result
+
+
+@pytest.mark.parametrize("kind", ["dense", "top-k"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_no_tensor_grows_with_positions_times_vocabulary(kind, temperature):
+    num_positions, vocabulary, chunk = 512, 4096, 16
+    head_VH = torch.randn(vocabulary, H)
+    hidden_NH = torch.randn(num_positions, H, requires_grad=True)
+    teacher_NH = torch.randn(num_positions, H)
+    signal = DenseSignal(teacher_NH)
+    if kind == "top-k":
+        signal = topk_signal(teacher_NH, head_VH, 8, temperature)
+    weight_N = torch.ones(num_positions)
+    with Allocations() as seen:
+        head_loss(
+            hidden_NH,
+            head_VH,
+            torch.zeros(num_positions, dtype=torch.long),
+            weight_N,
+            weight_N,
+            signal,
+            temperature=temperature,
+            chunk_size=chunk,
+        ).total.backward()
+    assert seen.largest <= chunk * vocabulary * 4
+
+
+def test_inactive_positions_are_not_projected_and_cross_entropy_alone_needs_no_teacher():
+    head_VH = torch.randn(4096, H)
+    hidden_NH = torch.randn(100, H)
+    ce_N, kd_N = torch.zeros(100), torch.zeros(100)
+    ce_N[:30] = 1
+    kd_N[20:30] = 1
+    with Allocations() as seen:
+        head_loss(hidden_NH, head_VH, torch.zeros(100).long(), ce_N, kd_N, DenseSignal(hidden_NH))
+    assert seen.projected_rows == 30 + 10
+
+
+def test_metrics_are_the_teachers_entropy_and_the_agreement_of_the_likeliest_token():
+    hidden_NH, head_VH, labels_N, ce_N, kd_N = problem()
+    teacher_NH = hidden_NH + 0.7 * torch.randn(N, H, dtype=torch.float64)
+    active_N = kd_N != 0
+    teacher_NV = teacher_NH @ head_VH.T
+    expected = torch.distributions.Categorical(logits=teacher_NV / 2).entropy()
+    agree = teacher_NV.argmax(-1) == (hidden_NH @ head_VH.T).argmax(-1)
+
+    for signal in (DenseSignal(teacher_NH), topk_signal(teacher_NH, head_VH, V, 2.0)):
+        loss = head_loss(
+            hidden_NH, head_VH, labels_N, ce_N, kd_N, signal, temperature=2.0, metrics=True
+        )
+        torch.testing.assert_close(loss.entropy_N, torch.where(active_N, expected, 0.0))
+        assert torch.equal(loss.agreement_N.bool(), agree & active_N)
+    assert 0 < agree[active_N].sum() < active_N.sum()
+
+
+def test_a_teacher_at_another_temperature_is_refused():
+    hidden_NH, head_VH, labels_N, ce_N, kd_N = problem()
+    signal = topk_signal(hidden_NH, head_VH, 4, 1.0)
+    with pytest.raises(ValueError, match="temperature 1, not at 2"):
+        head_loss(hidden_NH, head_VH, labels_N, ce_N, kd_N, signal, temperature=2.0)
+
+
+def test_a_kl_weight_without_a_teacher_is_refused():
+    with pytest.raises(ValueError, match="no teacher"):
+        head_loss(*problem(), None)
+
+
+def test_lengths_that_differ_are_refused():
+    hidden_NH, head_VH, labels_N, ce_N, kd_N = problem()
+    with pytest.raises(ValueError, match="numbers of positions differ"):
+        head_loss(hidden_NH, head_VH, labels_N[1:], ce_N, kd_N, DenseSignal(hidden_NH))
