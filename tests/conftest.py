@@ -122,9 +122,7 @@ def tiny_converted_dir(tiny_model_dir, tmp_path_factory) -> Path:
     from nexus_cli.pipeline import convert
 
     root = tmp_path_factory.mktemp("converted")
-    config = ConvertConfig(
-        model=str(tiny_model_dir), init_strategy="random", output=root / "model"
-    )
+    config = ConvertConfig(model=str(tiny_model_dir), init_strategy="random", output=root / "model")
     convert.run(config, Workspace(root / "workspace"))
     return root / "model"
 

@@ -43,7 +43,9 @@ class ConvertConfig(ConfigModel):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in STRATEGIES and not PCA.fullmatch(value):
-            raise ValueError(f"init strategy {value!r} is none of pca_topK, {', '.join(STRATEGIES)}")
+            raise ValueError(
+                f"init strategy {value!r} is none of pca_topK, {', '.join(STRATEGIES)}"
+            )
         return value
 
     @model_validator(mode="after")

@@ -31,17 +31,17 @@ def random_expert(hidden_size: int, width: int, generator: Generator) -> ExpertW
     )
 
 
-def read_average(reader: ExpertReader, layer: int, experts: Sequence[int]) -> ExpertWeights:
-    """The mean of each tensor over the layer's ``experts``, read one at a time, in float32.
+def read_average(reader: ExpertReader, places: Sequence[tuple[int, int]]) -> ExpertWeights:
+    """The mean of each tensor over experts at ``(layer, expert)``, one in memory at a time, fp32.
 
     Hidden units of different experts need not correspond, so their mean may be far from any
     of them; that is what the original does.
 
     Raises:
-        ValueError: ``experts`` is empty.
+        ValueError: ``places`` is empty.
     """
     total: ExpertWeights | None = None
-    for expert in experts:
+    for layer, expert in places:
         weights = reader.expert(layer, expert)
         if total is None:
             total = ExpertWeights(
@@ -53,7 +53,7 @@ def read_average(reader: ExpertReader, layer: int, experts: Sequence[int]) -> Ex
     if total is None:
         raise ValueError("no expert to average")
     return ExpertWeights(
-        **{f.name: getattr(total, f.name).div_(len(experts)) for f in fields(ExpertWeights)}
+        **{f.name: getattr(total, f.name).div_(len(places)) for f in fields(ExpertWeights)}
     )
 
 

@@ -52,7 +52,8 @@ def load_model(
     """
     config = load_config(path)
     model_dir.weight_map(path)
-    model, found = NexusGptOssForCausalLM.from_pretrained(
+    load: Any = NexusGptOssForCausalLM.from_pretrained  # its return type depends on a flag
+    model, found = load(
         path,
         config=config,
         dtype=dtype,
@@ -74,5 +75,6 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The model's tokenizer, with its chat template."""
     if not (path / "tokenizer.json").is_file():
         raise ArtifactError(f"{path} has no tokenizer.json", hint="download the model's tokenizer")
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    return tokenizer
+    tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    loaded: PreTrainedTokenizerFast = tokenizer
+    return loaded

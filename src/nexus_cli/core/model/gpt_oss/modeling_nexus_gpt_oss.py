@@ -13,13 +13,16 @@ scalar a layer.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -30,29 +33,48 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssRMSNorm,
     GptOssRotaryEmbedding,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils.generic import can_return_tuple
 
 # Shape letters: B batch, S sequence, T = B*S tokens, H hidden, I expert width, E experts,
 # K experts a token, R = T*K routed rows sorted by expert, V vocabulary.
 
 SWIGLU_ALPHA = 1.702
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+FP4_VALUES = (
+    0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    3.0,
+    4.0,
+    6.0,
+    -0.0,
+    -0.5,
+    -1.0,
+    -1.5,
+    -2.0,
+    -3.0,
+    -4.0,
+    -6.0,
+)
 FP4_BLOCK = 32
 E8M0_BIAS = 127
+
+Packed = tuple[Tensor, Tensor]  # blocks and scales
 
 
 class NexusGptOssConfig(GptOssConfig):
     """A GPT-OSS config plus the shape of the shared expert."""
 
     model_type = "nexus_gpt_oss"
-    base_model_ep_plan = None
-    base_model_pp_plan = None
+    base_model_ep_plan = None  # type: ignore[assignment]  # it names dense experts
+    base_model_pp_plan = None  # type: ignore[assignment]
 
     num_shared_experts: int = 1
     shared_expert_intermediate_size: int | None = None
     experts_storage: str = "mxfp4"
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.num_shared_experts not in (0, 1):
             raise ValueError(f"num_shared_experts is 0 or 1, not {self.num_shared_experts}")
         if self.shared_expert_intermediate_size is None:
@@ -110,7 +132,31 @@ class FrozenExperts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_TH, scores_TK, experts_TK, gate_up, gate_up_bias, down, down_bias, limit):
+    def forward(
+        ctx: Any,
+        x_TH: Tensor,
+        scores_TK: Tensor,
+        experts_TK: Tensor,
+        gate_up: Packed,
+        gate_up_bias: Tensor,
+        down: Packed,
+        down_bias: Tensor,
+        limit: float,
+    ) -> Tensor:
+        """The routed sum ``[T, H]``: ``sum_k score_k * expert_k(x)``, in the input's dtype.
+
+        Args:
+            ctx: of autograd.
+            x_TH: input, floating.
+            scores_TK: weight of each of a token's experts.
+            experts_TK: their indices, int64.
+            gate_up: blocks ``[E, 2I, H/32, 16]`` and scales ``[E, 2I, H/32]``; gate and up
+                rows alternate.
+            gate_up_bias: ``[E, 2I]``.
+            down: blocks ``[E, H, I/32, 16]`` and scales ``[E, H, I/32]``.
+            down_bias: ``[E, H]``.
+            limit: of the clamped SwiGLU.
+        """
         tokens, top_k = experts_TK.shape
         order_R = torch.argsort(experts_TK.reshape(-1), stable=True)
         counts = torch.bincount(experts_TK.reshape(-1), minlength=gate_up[0].shape[0]).tolist()
@@ -132,7 +178,8 @@ class FrozenExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_TH):
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the input ``[T, H]`` and of the scores ``[T, K]``."""
         gate_up_RI, scores_TK, order_R, *packed = ctx.saved_tensors
         gate_up, down, down_bias = tuple(packed[0:2]), tuple(packed[3:5]), packed[5]
         tokens, top_k = scores_TK.shape
@@ -157,7 +204,7 @@ class FrozenExperts(torch.autograd.Function):
         return grad_x_TH, grad_scores.view_as(scores_TK), None, None, None, None, None, None
 
 
-def _segments(counts):
+def _segments(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
     """Rows of each expert that has any, in the order of the experts."""
     start = 0
     for expert, count in enumerate(counts):
@@ -166,21 +213,21 @@ def _segments(counts):
         start += count
 
 
-def _decode(packed, expert, dtype):
+def _decode(packed: Packed, expert: int, dtype: torch.dtype) -> Tensor:
     blocks, scales = packed
     return dequantize_mxfp4(blocks[expert], scales[expert], dtype)
 
 
-def _linear(x, packed, bias, expert):
+def _linear(x: Tensor, packed: Packed, bias: Tensor, expert: int) -> Tensor:
     return F.linear(x, _decode(packed, expert, x.dtype), bias[expert].to(x.dtype))
 
 
-def _split(gate_up_RI):
+def _split(gate_up_RI: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and up are interleaved along the output axis."""
     return gate_up_RI[..., ::2], gate_up_RI[..., 1::2]
 
 
-def _combine(rows_RH, order_R, tokens, top_k):
+def _combine(rows_RH: Tensor, order_R: Tensor, tokens: int, top_k: int) -> Tensor:
     """Sum a token's K rows: a gather, so that the result does not depend on a race."""
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
@@ -190,13 +237,13 @@ def _combine(rows_RH, order_R, tokens, top_k):
 class NexusTopKRouter(nn.Module):
     """Scores every expert, keeps the best K, and normalises over those."""
 
-    def __init__(self, config):
+    def __init__(self, config: NexusGptOssConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.weight = nn.Parameter(torch.zeros(config.num_local_experts, config.hidden_size))
         self.bias = nn.Parameter(torch.zeros(config.num_local_experts))
 
-    def forward(self, x_TH):
+    def forward(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits over all experts ``[T, E]``, scores ``[T, K]`` and experts ``[T, K]``."""
         logits_TE = F.linear(x_TH, self.weight.to(x_TH.dtype), self.bias.to(x_TH.dtype))
         best_TK, experts_TK = torch.topk(logits_TE, self.top_k, dim=-1)
@@ -206,7 +253,7 @@ class NexusTopKRouter(nn.Module):
 class PackedExperts(nn.Module):
     """The routed experts as the checkpoint holds them: frozen MXFP4 blocks and scales."""
 
-    def __init__(self, config):
+    def __init__(self, config: NexusGptOssConfig) -> None:
         super().__init__()
         experts, hidden, width = (
             config.num_local_experts,
@@ -221,9 +268,9 @@ class PackedExperts(nn.Module):
         self.down_proj_scales = _bytes(experts, hidden, width // FP4_BLOCK)
         self.down_proj_bias = nn.Parameter(torch.zeros(experts, hidden), requires_grad=False)
 
-    def forward(self, x_TH, scores_TK, experts_TK):
+    def forward(self, x_TH: Tensor, scores_TK: Tensor, experts_TK: Tensor) -> Tensor:
         """The routed sum ``[T, H]``, in the input's dtype."""
-        return FrozenExperts.apply(
+        routed: Tensor = FrozenExperts.apply(
             x_TH,
             scores_TK,
             experts_TK,
@@ -233,9 +280,10 @@ class PackedExperts(nn.Module):
             self.down_proj_bias,
             self.limit,
         )
+        return routed
 
 
-def _bytes(*shape):
+def _bytes(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape, dtype=torch.uint8), requires_grad=False)
 
 
@@ -247,7 +295,7 @@ class GptOssSharedExpert(nn.Module):
     Weights may be kept in fp32 while the model runs in bf16: they are cast on use.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, swiglu_limit: float = 7.0):
+    def __init__(self, hidden_size: int, intermediate_size: int, swiglu_limit: float = 7.0) -> None:
         super().__init__()
         self.limit = swiglu_limit
         self.gate_proj = nn.Linear(hidden_size, intermediate_size)
@@ -268,18 +316,18 @@ def _cast(linear: nn.Linear, x: Tensor) -> Tensor:
 class NexusGptOssMoE(nn.Module):
     """The routed experts, and beside them the shared one."""
 
-    def __init__(self, config):
+    def __init__(self, config: NexusGptOssConfig) -> None:
         super().__init__()
         self.router = NexusTopKRouter(config)
         self.experts = PackedExperts(config)
         if config.num_shared_experts:
             self.shared_expert = GptOssSharedExpert(
                 config.hidden_size,
-                config.shared_expert_intermediate_size,
+                config.shared_expert_intermediate_size or config.intermediate_size,
                 getattr(config, "swiglu_limit", 7.0),
             )
 
-    def forward(self, x_BSH, shared_experts=True):
+    def forward(self, x_BSH: Tensor, shared_experts: bool = True) -> tuple[Tensor, Tensor]:
         """The block's output ``[B, S, H]`` and the router's logits ``[T, E]``."""
         x_TH = x_BSH.reshape(-1, x_BSH.shape[-1])
         logits_TE, scores_TK, experts_TK = self.router(x_TH)
@@ -292,14 +340,16 @@ class NexusGptOssMoE(nn.Module):
 class NexusGptOssDecoderLayer(GradientCheckpointingLayer):
     """GPT-OSS's layer around :class:`NexusGptOssMoE`."""
 
-    def __init__(self, config, layer_idx):
+    def __init__(self, config: NexusGptOssConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = GptOssAttention(config=config, layer_idx=layer_idx)
         self.mlp = NexusGptOssMoE(config)
         self.input_layernorm = GptOssRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = GptOssRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x_BSH, shared_experts=True, **attention):
+    def forward(
+        self, x_BSH: Tensor, shared_experts: bool = True, **attention: Any
+    ) -> tuple[Tensor, Tensor]:
         """The layer's output ``[B, S, H]`` and its router's logits ``[T, E]``."""
         x_BSH = x_BSH + self.self_attn(hidden_states=self.input_layernorm(x_BSH), **attention)[0]
         y_BSH, logits_TE = self.mlp(self.post_attention_layernorm(x_BSH), shared_experts)
@@ -316,7 +366,8 @@ class NexusGptOssPreTrainedModel(GptOssPreTrainedModel):
     _can_record_outputs = {}
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
+        """Fresh weights, for a model that is not loaded from a checkpoint."""
         super()._init_weights(module)
         if isinstance(module, NexusTopKRouter):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
@@ -328,7 +379,7 @@ class NexusGptOssPreTrainedModel(GptOssPreTrainedModel):
 class NexusGptOssModel(NexusGptOssPreTrainedModel):
     """Embedding, layers and final norm."""
 
-    def __init__(self, config):
+    def __init__(self, config: NexusGptOssConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(
@@ -342,7 +393,7 @@ class NexusGptOssModel(NexusGptOssPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Any] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
@@ -350,7 +401,7 @@ class NexusGptOssModel(NexusGptOssPreTrainedModel):
         shared_experts: bool = True,
         output_router_logits: bool | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """Run the layers.
 
@@ -378,23 +429,13 @@ class NexusGptOssModel(NexusGptOssPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + x_BSH.shape[1], device=x_BSH.device)[None]
-        masks = attention_mask
-        if not isinstance(masks, dict):
-            what = {
-                "config": self.config,
-                "inputs_embeds": x_BSH,
-                "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
-                "position_ids": position_ids,
-            }
-            masks = {
-                "full_attention": create_causal_mask(**what),
-                "sliding_attention": create_sliding_window_causal_mask(**what),
-            }
+        masks = self._masks(x_BSH, attention_mask, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(x_BSH, position_ids)
-        hidden, logits = [], []
-        for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
-            hidden.append(x_BSH if output_hidden_states else None)
+        hidden: list[Tensor] = []
+        logits: list[Tensor] = []
+        for kind, layer in zip(self.config.layer_types or (), self.layers, strict=True):
+            if output_hidden_states:
+                hidden.append(x_BSH)
             x_BSH, logits_TE = layer(
                 x_BSH,
                 shared_experts,
@@ -411,8 +452,32 @@ class NexusGptOssModel(NexusGptOssPreTrainedModel):
             last_hidden_state=x_BSH,
             past_key_values=past_key_values,
             hidden_states=(*hidden, x_BSH) if output_hidden_states else None,
-            router_logits=tuple(logits) if output_router_logits else None,
+            router_logits=tuple(logits) if output_router_logits else None,  # type: ignore[arg-type]
         )
+
+    def _masks(
+        self,
+        x_BSH: Tensor,
+        attention_mask: Tensor | dict[str, Any] | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor,
+    ) -> dict[str, Any]:
+        """A mask for each kind of layer; ``generate`` may have made them already."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        made: dict[str, Any] = {}
+        for kind, make in {
+            "full_attention": create_causal_mask,
+            "sliding_attention": create_sliding_window_causal_mask,
+        }.items():
+            made[kind] = make(
+                config=self.config,
+                inputs_embeds=x_BSH,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        return made
 
 
 class NexusGptOssForCausalLM(NexusGptOssPreTrainedModel, GenerationMixin):
@@ -420,7 +485,7 @@ class NexusGptOssForCausalLM(NexusGptOssPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
-    def __init__(self, config):
+    def __init__(self, config: NexusGptOssConfig) -> None:
         super().__init__(config)
         self.model = NexusGptOssModel(config)
         self.vocab_size = config.vocab_size
@@ -438,7 +503,7 @@ class NexusGptOssForCausalLM(NexusGptOssPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Logits ``[B, S, V]`` of the next token, and their loss where ``labels`` are given."""
         out = self.model(
