@@ -1,8 +1,6 @@
-"""The model and the texts that come with the package."""
-
-from __future__ import annotations
+"""Where the model and the corpus that ship with the package lie."""
 
 from pathlib import Path
 
-MODEL_DIR = Path(__file__).parent / "model"
-DATA_DIR = Path(__file__).parent / "data"
+MODEL_DIR: Path = Path(__file__).parent / "model"
+DATA_DIR: Path = Path(__file__).parent / "data"
