@@ -49,10 +49,10 @@ def top_k(
     if not 1 <= k <= len(head_VH):
         raise ValueError(f"cannot keep {k} of {len(head_VH)} tokens")
     chunks = [
-        _chunk(hidden_CH, head_VH, labels_C, k)
-        for hidden_CH, labels_C in zip(
-            hidden_NH.split(chunk_size), labels_N.split(chunk_size), strict=True
+        _chunk(
+            hidden_NH[start : start + chunk_size], head_VH, labels_N[start : start + chunk_size], k
         )
+        for start in range(0, len(hidden_NH), chunk_size)
     ]
     return TopK(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
