@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from nexus_cli.core.model.gpt_oss.modeling_nexus_gpt_oss import (
     NexusGptOssConfig,
@@ -52,6 +53,7 @@ def load_model(
     """
     config = load_config(path)
     model_dir.weight_map(path)
+    disable_progress_bar()
     load: Any = NexusGptOssForCausalLM.from_pretrained  # its return type depends on a flag
     model, found = load(
         path,

@@ -109,7 +109,7 @@ def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     """GPT-OSS's activation: ``(u + 1) g sigmoid(1.702 g)``, g clamped above and u on both sides."""
     gate = gate.clamp(max=limit)
     up = up.clamp(min=-limit, max=limit)
-    return (up + 1) * gate * torch.sigmoid(SWIGLU_ALPHA * gate)
+    return (up + 1) * (gate * torch.sigmoid(SWIGLU_ALPHA * gate))
 
 
 def clamped_swiglu_backward(
