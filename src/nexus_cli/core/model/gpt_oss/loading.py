@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from nexus_cli.core.model.gpt_oss.modeling_nexus_gpt_oss import (
@@ -77,6 +77,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The model's tokenizer, with its chat template."""
     if not (path / "tokenizer.json").is_file():
         raise ArtifactError(f"{path} has no tokenizer.json", hint="download the model's tokenizer")
-    tokenizer: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    # AutoTokenizer would read config.json first, whose type it does not know.
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     loaded: PreTrainedTokenizerFast = tokenizer
     return loaded
