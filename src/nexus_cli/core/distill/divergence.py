@@ -98,7 +98,7 @@ def _topk_divergence(
 
     kept_C = torch.where(used_CK, p_CK * (logp_CK - logq_CK), 0.0).sum(-1)
     rest_C = teacher_tail_C * (teacher_logtail_C - student_tail_C.log())
-    kl_C = kept_C + torch.where(teacher_tail_C > 0, rest_C, 0.0)
+    kl_C = kept_C + torch.where(teacher_tail_C == 0, 0.0, rest_C)  # a tail of NaN stays one
 
     gradient_CV.mul_((1.0 - teacher_tail_C / student_tail_C)[:, None])
     gradient_CV.scatter_(1, ids_CK, logq_CK.exp() - p_CK)
