@@ -83,6 +83,13 @@ class TokenizedDocument:
         return len(self.input_ids)
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A row or document that is not used, and why; it travels in its place to be counted."""
+
+    reason: str
+
+
 def content_hash(
     text: str | None, messages: Sequence[Message] | None, tools: Sequence[Message]
 ) -> str:

@@ -29,6 +29,10 @@ class BadRowError(ValueError):
     """A row that is of no known layout; the reader says in which file and line."""
 
 
+class UnusableRowError(ValueError):
+    """A row of a known layout with nothing to learn in it; the message is the reason to count."""
+
+
 def bad_file(path: Path, line: int | None, what: str, hint: str | None = None) -> BadFileError:
     """Name the file, the line where there is one (counted from 1), and what is wrong with it."""
     where = str(path) if line is None else f"{path}, line {line}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,7 +30,7 @@ class SourceReport:
     split: str
     origin: str = ""
     documents: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, int] = field(default_factory=dict)
     truncated: int = 0
     windows: int = 0
     tokens: int = 0
@@ -40,6 +39,10 @@ class SourceReport:
     num_bytes: int = 0
     blocks: int = 0
     fill: float = 0.0
+
+    def leave_out(self, reason: str) -> None:
+        """Count a row or document that is not used."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
     def sentence(self) -> str:
         """The counts as one log line."""
