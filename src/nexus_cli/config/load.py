@@ -19,27 +19,28 @@ ConfigT = TypeVar("ConfigT", bound=ConfigModel)
 
 
 def resolve(
-    model: type[ConfigT],
+    kind: type[ConfigT],
     section: str,
+    /,
     *,
     file: Path | None = None,
     sets: Sequence[str] = (),
     **flags: Any,
 ) -> ConfigT:
-    """Build ``model``. ``sets`` are ``path=value`` strings; a flag of ``None`` was not given.
+    """Build a ``kind``. ``sets`` are ``path=value`` strings; a flag of ``None`` was not given.
 
     Raises:
         ConfigError: an unreadable file, an unknown key, or a value out of its range; the
             message names every bad key.
     """
     document = _read(file) if file else {}
-    values = {key: document[key] for key in SHARED & document.keys() & model.model_fields.keys()}
+    values = {key: document[key] for key in SHARED & document.keys() & kind.model_fields.keys()}
     for layer in (document.get(section) or {}, *map(_parse_set, sets), _given(flags)):
         if not isinstance(layer, Mapping):
             raise ConfigError(f"{file}: block '{section}' must hold keys and values")
         values = _merge(values, layer)
     try:
-        return model.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         problems = "\n".join(f"  {_where(section, e['loc'])}: {e['msg']}" for e in error.errors())
         raise ConfigError(
