@@ -28,7 +28,9 @@ def converted(tiny_converted_dir):
 
 
 def stock(path, dtype):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    # transformers 5.17 leaves dequantised experts in bf16, whatever dtype is asked for
+    return model.float() if dtype == torch.float32 else model
 
 
 @torch.no_grad()
