@@ -23,9 +23,7 @@ def recompute_layers(model: nn.Module) -> int:
     Raises:
         ValueError: the model has no such layer.
     """
-    layers = [
-        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError("no layer of this model can be recomputed")
     for layer in layers:

@@ -1,0 +1,259 @@
+"""Stages ``train`` and ``train-offline``: one run, with a teacher in memory or in a store."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nexus_cli.config.train import TrainConfig
+from nexus_cli.core import distributed
+from nexus_cli.core.distill.anchor import Anchor
+from nexus_cli.core.distributed import World
+from nexus_cli.core.model.gpt_oss.export import NEXUS_SHARD
+from nexus_cli.core.train.checkpoints import Checkpoint
+from nexus_cli.core.train.loop import Loop, NotFiniteError, Parts, Progress
+from nexus_cli.core.train.precision import frozen_dtype
+from nexus_cli.core.train.ranks import wrap_for_ranks
+from nexus_cli.core.train.signals import StopRequest
+from nexus_cli.core.train.state import restore, restore_rng
+from nexus_cli.errors import ArtifactError, Interrupted, NexusError, ResourceError
+from nexus_cli.io import console, manifest
+from nexus_cli.io.metrics import FILENAME, MetricsWriter
+from nexus_cli.io.workspace import Workspace
+from nexus_cli.pipeline.stage import StageOutput, stage
+from nexus_cli.pipeline.training import assemble, plan
+from nexus_cli.pipeline.training.request import Request, offline_request, online_request
+from nexus_cli.pipeline.training.resume import choose_start, identity, load_start
+from nexus_cli.pipeline.training.text import held_out_text, training_batches
+from nexus_cli.pipeline.world import open_world
+
+log = logging.getLogger(__name__)
+
+STAGE = "train"  # both commands fill the same folder: what comes after does not care
+LOG = "training.log"
+
+Prepare = Callable[[TrainConfig, Workspace, int], Request]
+
+
+def run_online(
+    config: TrainConfig, workspace: Workspace, *, force: bool = False, dry_run: bool = False
+) -> None:
+    """Train with the teacher in memory: the student itself, or a model of its own.
+
+    Raises:
+        NexusError: see :func:`~nexus_cli.pipeline.training.request.online_request`;
+            Interrupted after a signal, once a checkpoint is written.
+    """
+    _run(online_request, config, workspace, force=force, dry_run=dry_run)
+
+
+def run_offline(
+    config: TrainConfig, workspace: Workspace, *, force: bool = False, dry_run: bool = False
+) -> None:
+    """Train from a teacher store, which holds the text too.
+
+    Raises:
+        NexusError: see :func:`~nexus_cli.pipeline.training.request.offline_request`;
+            Interrupted after a signal, once a checkpoint is written.
+    """
+    _run(offline_request, config, workspace, force=force, dry_run=dry_run)
+
+
+def _run(
+    prepare: Prepare, config: TrainConfig, workspace: Workspace, *, force: bool, dry_run: bool
+) -> None:
+    console.configure()
+    world = open_world(config.runtime.device)
+    teacher_device = _teacher_device(config, world)
+    request = prepare(config, workspace, world.size)
+    log.info("%s", plan.steps_sentence(request))
+    if dry_run:
+        plan.describe(request, config.output or workspace.stage_dir(STAGE), world.device)
+        return
+    with stage(
+        STAGE,
+        config,
+        workspace,
+        main="",
+        inputs=request.inputs,
+        output=config.output,
+        world=world,
+        force=force,
+        whole_directory=True,
+    ) as out:
+        if out is None:
+            return
+        _train(request, workspace, world, teacher_device, out, force=force)
+
+
+def _train(
+    request: Request,
+    workspace: Workspace,
+    world: World,
+    teacher_device: torch.device,
+    out: StageOutput,
+    *,
+    force: bool,
+) -> None:
+    """Everything between an open stage and its record."""
+    with ExitStack() as held:
+        stop = held.enter_context(StopRequest())
+        batches, digest = training_batches(request, workspace, world)
+        mine = identity(request, digest, frozen_dtype(request.config.dtype, world.device))
+        start = _agree_on_start(request, out.directory, mine, world, force=force)
+        if world.is_main:
+            held.callback(_close, _open_log(out.directory, is_new=start is None))
+        models = assemble.load_models(request, world, teacher_device)
+        anchor = assemble.make_anchor(request, models.masters)
+        progress = _restored(start, models, anchor, world)
+        held_out = held_out_text(request, workspace, world)
+        recorder = None
+        if world.is_main:
+            path = out.directory / FILENAME
+            recorder = held.enter_context(MetricsWriter(path, progress.step if start else None))
+            recorder.write(_start_record(request, progress, mine, world))
+        parts = Parts(
+            module=wrap_for_ranks(models.step, world),
+            masters=models.masters,
+            optimizer=models.optimizer,
+            schedule=request.schedule,
+            feed=held.enter_context(assemble.make_feed(batches, models, world)),
+            world=world,
+            recorder=recorder,
+            save=assemble.make_save(request, out.directory, models, anchor, mine, world),
+            evaluate=assemble.make_evaluate(models, held_out, world),
+            stop=stop,
+            anchor=anchor,
+        )
+        settings = assemble.loop_settings(request, evaluates=held_out is not None)
+        received = _take_steps(Loop(parts, settings, progress), out.directory)
+    if received:
+        raise _interrupted(received, progress, request, out.directory)
+    _commit(out, request, world)
+
+
+def _restored(
+    start: Checkpoint | None, models: assemble.Models, anchor: Anchor | None, world: World
+) -> Progress:
+    """Where the run stands, with everything put back that a checkpoint holds."""
+    if start is None:
+        return Progress()
+    state = load_start(start)
+    restore(state, models.masters, models.optimizer)
+    if anchor is not None:
+        try:
+            anchor.load_state_dict(state.anchor)
+        except ValueError as error:
+            raise ArtifactError(f"{start.path}: {error}") from error
+    restore_rng(state.rng, world)
+    return Progress(state.step, state.tokens)
+
+
+def _take_steps(loop: Loop, directory: Path) -> int:
+    """Run the loop; what goes wrong inside it, in the user's words."""
+    try:
+        return loop.run()
+    except NotFiniteError as error:
+        raise ArtifactError(
+            f"{error}; nothing was learned from it and no file was overwritten",
+            hint="lower --learning-rate, or look at that text; the checkpoints before it are "
+            f"in {directory}",
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(
+            f"out of memory in step {loop.progress.step + 1}: {error}",
+            hint="lower --batch-size, or use --set runtime.gradient_checkpointing=true",
+        ) from error
+
+
+def _teacher_device(config: TrainConfig, world: World) -> torch.device:
+    """The teacher's device, asked for before anything is loaded."""
+    name = config.runtime.teacher_device
+    if name is None:
+        return world.device
+    try:
+        return distributed.resolve_device(name)
+    except distributed.DeviceError as error:
+        raise ResourceError(f"teacher: {error}", hint="name another --teacher-device") from error
+
+
+def _agree_on_start(
+    request: Request, directory: Path, mine: Mapping[str, Any], world: World, *, force: bool
+) -> Checkpoint | None:
+    """The main rank chooses, since it may have to clear the folder; all ranks learn of it."""
+    chosen: Checkpoint | NexusError | None = None
+    if world.is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            chosen = choose_start(directory, request.config.runtime.resume, mine, force=force)
+        except NexusError as error:
+            chosen = error
+    chosen = world.broadcast_object(chosen)
+    if isinstance(chosen, NexusError):
+        raise chosen
+    return chosen
+
+
+def _start_record(
+    request: Request, progress: Progress, mine: Mapping[str, Any], world: World
+) -> dict[str, Any]:
+    return {
+        "step": progress.step,
+        "event": "resume" if progress.step else "start",
+        "command": request.command,
+        "max_steps": request.max_steps,
+        "world_size": world.size,
+        "batch_size": request.batch_size,
+        "gradient_accumulation_steps": request.config.gradient_accumulation_steps,
+        "seq_len": request.seq_len,
+        "device": str(world.device),
+        "dtype": mine["dtype"],
+        "student": str(request.student.path),
+        "sources": {
+            name: {"ce": weights.ce, "kd": weights.kd, "router": weights.router}
+            for name, weights in zip(request.sources, request.weights, strict=True)
+        },
+        "environment": manifest.environment(),
+    }
+
+
+def _interrupted(
+    received: int, progress: Progress, request: Request, directory: Path
+) -> Interrupted:
+    """The end of a run that a signal stopped, with the exit code that shells expect."""
+    saved = f"checkpoint-{progress.step} is saved" if progress.step else "no step was taken"
+    error = Interrupted(
+        f"{signal.Signals(received).name} after step {progress.step} of {request.max_steps}: "
+        f"{saved} in {directory}",
+        hint=f"give the same command again to go on: {manifest.command_line()}",
+    )
+    error.exit_code = 128 + received
+    return error
+
+
+def _commit(out: StageOutput, request: Request, world: World) -> None:
+    """Name the run's outputs; the last checkpoint is what later stages read."""
+    out.main = out.directory / f"checkpoint-{request.max_steps}"
+    if world.is_main:
+        out.add(out.directory / FILENAME, format="nexus.metrics/1")
+        for name in ("config.json", "model.safetensors.index.json", NEXUS_SHARD):
+            out.add(out.main / name, format="nexus.model/1")
+    console.result(f"{out.main}: trained for {request.max_steps} steps")
+
+
+def _open_log(directory: Path, *, is_new: bool) -> logging.Handler:
+    """``training.log``; a resumed run goes on in it."""
+    if is_new:
+        (directory / LOG).unlink(missing_ok=True)
+    return console.log_to_file(directory / LOG)
+
+
+def _close(handler: logging.Handler) -> None:
+    logging.getLogger("nexus_cli").removeHandler(handler)
+    handler.close()

@@ -1,0 +1,232 @@
+"""Load the models of a run and put its parts together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from nexus_cli.core.distill.anchor import Anchor
+from nexus_cli.core.distill.model_teacher import ModelTeacher
+from nexus_cli.core.distill.self_teacher import SelfTeacher, frozen_routers
+from nexus_cli.core.distill.store_teacher import StoreTeacher
+from nexus_cli.core.distill.teacher import Teacher
+from nexus_cli.core.distributed import World
+from nexus_cli.core.model.gpt_oss.export import write_model_directory
+from nexus_cli.core.model.gpt_oss.loading import load_model
+from nexus_cli.core.model.gpt_oss.surgery import trainable_names
+from nexus_cli.core.train.checkpoints import save_checkpoint
+from nexus_cli.core.train.evaluation import HeldOut, evaluate
+from nexus_cli.core.train.feed import Feed, StepBatches
+from nexus_cli.core.train.loop import LoopSettings, Progress
+from nexus_cli.core.train.optim import Rates, build_optimizer
+from nexus_cli.core.train.precision import frozen_dtype, promote
+from nexus_cli.core.train.recompute import recompute_layers
+from nexus_cli.core.train.state import TrainingState, gather_rng, optimizer_moments
+from nexus_cli.core.train.step import DistillationStep, Objective, SourceWeights
+from nexus_cli.errors import ArtifactError, ResourceError
+from nexus_cli.pipeline.training.request import Request
+
+log = logging.getLogger(__name__)
+
+LOAD_BALANCE = 0.01
+ROUTER_Z = 0.001
+
+
+@dataclass(frozen=True)
+class Models:
+    """The student with what trains of it, and who teaches it.
+
+    Attributes:
+        step: student and objective as one module.
+        masters: the fp32 parameters that train, by name.
+        optimizer: over the masters.
+        teacher: gives the signal of every batch.
+        judge: the teacher to measure held-out text with; a store knows only its own text.
+    """
+
+    step: DistillationStep
+    masters: dict[str, nn.Parameter]
+    optimizer: torch.optim.AdamW
+    teacher: Teacher
+    judge: Teacher
+
+
+def load_models(request: Request, world: World, teacher_device: torch.device) -> Models:
+    """Load the student, and the teacher if it is a model of its own.
+
+    Raises:
+        ArtifactError: a model is damaged, or the student was not made from the teacher.
+    """
+    config = request.config
+    dtype = frozen_dtype(config.dtype, world.device)
+    student = load_model(request.student.path, device=world.device, dtype=dtype)
+    routers = frozen_routers(student) if config.router_trains else {}
+    masters = promote(student, trainable_names(student, train_router=config.router_trains))
+    if config.runtime.gradient_checkpointing:
+        recompute_layers(student)
+    tell_trainables(masters)
+    itself = SelfTeacher(student, router_logits=True, frozen=routers)
+    teacher: Teacher = itself
+    if request.store is not None:
+        teacher = StoreTeacher(request.store)
+    elif request.teacher is not None:
+        teacher = _model_teacher(request, student, dtype, teacher_device)
+    return Models(
+        step=DistillationStep(student, _objective(request)).to(world.device),
+        masters=masters,
+        optimizer=build_optimizer(
+            masters,
+            weight_decay=config.optimizer.weight_decay,
+            betas=(config.optimizer.beta1, config.optimizer.beta2),
+            epsilon=config.optimizer.epsilon,
+        ),
+        teacher=teacher,
+        judge=itself if request.store is not None else teacher,
+    )
+
+
+def tell_trainables(masters: Mapping[str, Tensor]) -> None:
+    """Log the allow-list: what trains, by kind, with counts."""
+    for kind, count in count_by_kind(masters).items():
+        log.info("trains: %s, %s parameters", kind, f"{count:,}")
+
+
+def count_by_kind(masters: Mapping[str, Tensor]) -> dict[str, int]:
+    """Parameters that train, by the last parts of their names."""
+    counts: dict[str, int] = {}
+    for name, tensor in masters.items():
+        kind = name.partition(".mlp.")[2]
+        counts[kind] = counts.get(kind, 0) + tensor.numel()
+    return counts
+
+
+def make_feed(batches: StepBatches, models: Models, world: World) -> Feed:
+    """The feed; it runs ahead where the teacher's work is not the student's device's."""
+    apart = not isinstance(models.teacher, SelfTeacher)
+    return Feed(batches, models.teacher, world.device, ahead=apart)
+
+
+def loop_settings(request: Request, *, evaluates: bool) -> LoopSettings:
+    """When the loop does what."""
+    config, optimizer = request.config, request.config.optimizer
+    return LoopSettings(
+        max_steps=request.max_steps,
+        clip_norm=optimizer.clip_norm,
+        rates=Rates(
+            shared=optimizer.learning_rate,
+            gate=optimizer.gate_learning_rate,
+            router=optimizer.router_learning_rate,
+            router_bias=optimizer.router_learning_rate,
+        ),
+        sources=request.sources,
+        kd_weight=max(weights.kd for weights in request.weights),
+        num_layers=request.shape.num_layers,
+        evaluate_every=config.evaluation.every if evaluates else None,
+        save_every=config.runtime.save_every,
+        watch_every=config.runtime.watch_every,
+        log_every=config.runtime.log_every,
+    )
+
+
+def make_anchor(request: Request, masters: Mapping[str, Tensor]) -> Anchor | None:
+    """SFA's anchor at the weights as they are now, if the run uses it."""
+    averaging = request.config.averaging
+    if averaging.every is None:
+        return None
+    return Anchor(masters, beta=averaging.beta, every=averaging.every, kind=averaging.anchor)
+
+
+def make_save(
+    request: Request,
+    directory: Path,
+    models: Models,
+    anchor: Anchor | None,
+    mine: Mapping[str, Any],
+    world: World,
+) -> Callable[[Progress], str]:
+    """A function that writes a checkpoint of the run, called by all ranks together."""
+    dtypes = _stored_dtypes(models.masters)
+
+    def write_model(target: Path, masters: Mapping[str, Tensor]) -> None:
+        tensors = {name: m.detach().to(dtypes[name]) for name, m in masters.items()}
+        write_model_directory(target, request.student.path, tensors)
+
+    def save(progress: Progress) -> str:
+        state = TrainingState(
+            step=progress.step,
+            tokens=progress.tokens,
+            identity=dict(mine),
+            masters=dict(models.masters),
+            moments=optimizer_moments(models.optimizer, models.masters),
+            anchor=anchor.state_dict() if anchor is not None else {},
+            rng=gather_rng(world),
+        )
+        if world.is_main:
+            keep = request.config.runtime.keep_last
+            try:
+                save_checkpoint(directory, state, write_model, keep_last=keep)
+            except (OSError, SafetensorError) as error:
+                raise ResourceError(
+                    f"cannot write checkpoint-{progress.step} into {directory}: {error}",
+                    hint="free some disk space and give the same command: it goes on from the "
+                    "checkpoint before",
+                ) from error
+        world.barrier()
+        return f"checkpoint-{progress.step}"
+
+    return save
+
+
+def make_evaluate(
+    models: Models, held_out: HeldOut | None, world: World
+) -> Callable[[], dict[str, dict[str, float]]]:
+    """A function that measures held-out text, called by all ranks together."""
+    if held_out is None:
+        return dict
+    return lambda: evaluate(models.step, held_out, models.judge, world)
+
+
+def _stored_dtypes(masters: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Formats in a model folder: bf16 as in the original checkpoints, the gates fp32."""
+    return {
+        name: torch.float32 if name.endswith("output_gate") else torch.bfloat16 for name in masters
+    }
+
+
+def _objective(request: Request) -> Objective:
+    config, loss = request.config, request.config.loss
+    trains = config.router_trains
+    return Objective(
+        sources=[SourceWeights(w.ce, w.kd, w.router) for w in request.weights],
+        load_balance=_given(loss.load_balance, LOAD_BALANCE if trains else 0.0),
+        router_z=_given(loss.router_z, ROUTER_Z if trains else 0.0),
+        router_temperature=loss.router_temperature,
+        top_k=request.shape.top_k,
+        chunk_size=config.runtime.head_chunk,
+    )
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _model_teacher(
+    request: Request, student: nn.Module, dtype: torch.dtype, device: torch.device
+) -> ModelTeacher:
+    assert request.teacher is not None
+    model = load_model(request.teacher.path, device=device, dtype=dtype)
+    wants_routers = any(weights.router > 0 for weights in request.weights)
+    try:
+        return ModelTeacher(model, student, router_logits=wants_routers)
+    except ValueError as error:
+        raise ArtifactError(
+            f"{request.teacher.path} cannot teach {request.student.path}: {error}",
+            hint="give the model that the student was converted from",
+        ) from error
