@@ -14,7 +14,7 @@ from nexus_cli.core.data.block_writer import BlockWriter
 from nexus_cli.core.data.document import LeftOut, TokenizedDocument
 from nexus_cli.core.data.errors import MissingTextError, UnusableRowError
 from nexus_cli.core.data.order import take_turns
-from nexus_cli.core.data.packing import Piece, cut, pack
+from nexus_cli.core.data.packing import NOT_IN_SEQ_LEN, Piece, cut, pack
 from nexus_cli.core.data.reader import SourceSpec, read_documents
 from nexus_cli.core.data.render import Renderer
 from nexus_cli.core.data.report import SourceReport
@@ -112,8 +112,10 @@ def nothing_left(report: SourceReport) -> MissingTextError:
     dropped = "; ".join(f"{count:,} left out: {why}" for why, count in report.dropped.items())
     message = f"{report.name}: no document to use in the split {report.split!r}"
     message += f" of {report.origin}" + (f" ({dropped})" if dropped else "")
-    if report.split == "all" or dropped:
-        hint = "Give other text with --data PATH, or longer sequences with --set data.seq_len=N."
+    if NOT_IN_SEQ_LEN in report.dropped:
+        hint = "Make sequences longer with --set data.seq_len=N."
+    elif report.split == "all" or dropped:
+        hint = "Give other text with --data PATH."
     else:
         hint = f"Use all of it with --data {report.name}@all, or change data.held_out."
     return MissingTextError(message, hint)

@@ -14,7 +14,11 @@ from nexus_cli.core.data.sources import HubText
 
 SECONDS = 15.0  # for the first answer; without a network this fails at once
 # The bases are the HTTP library's own error, which a refused connection raises, and OSError.
-FAILURES: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError, ValueError)
+FAILURES: tuple[type[Exception], ...] = (
+    *HfHubHTTPError.__bases__,
+    datasets.exceptions.DatasetsError,
+    ValueError,
+)
 
 
 def current_revision(source: HubText) -> str:
