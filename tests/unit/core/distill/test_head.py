@@ -314,3 +314,50 @@ def test_lengths_that_differ_are_refused():
     hidden_NH, head_VH, labels_N, ce_N, kd_N = problem()
     with pytest.raises(ValueError, match="numbers of positions differ"):
         head_loss(hidden_NH, head_VH, labels_N[1:], ce_N, kd_N, DenseSignal(hidden_NH))
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["dense", "top-k"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_gpu_gives_the_loss_and_gradient_of_float64(kind, temperature):
+    hidden_NH, head_VH, labels_N, ce_N, kd_N = (t.cuda() for t in problem(dtype=torch.bfloat16))
+    teacher_NH = torch.randn(N, H).to("cuda", torch.bfloat16)
+    losses, gradients = [], []
+    for dtype in (torch.bfloat16, torch.float64):
+        ours_NH = hidden_NH.to(dtype).requires_grad_()
+        signal = DenseSignal(teacher_NH.to(dtype))
+        if kind == "top-k":
+            signal = topk_signal(teacher_NH.double(), head_VH.double(), 5, temperature)
+        loss = head_loss(
+            ours_NH, head_VH.to(dtype), labels_N, ce_N, kd_N, signal, temperature=temperature
+        )
+        loss.total.backward()
+        losses.append(loss.total.double())
+        gradients.append(ours_NH.grad.double())
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=3e-2, atol=3e-2)
+
+
+@gpu
+@pytest.mark.gpu
+def test_on_a_gpu_memory_does_not_grow_with_the_number_of_positions():
+    head_VH = torch.randn(201_088, 64, device="cuda", dtype=torch.bfloat16)
+    peaks = []
+    for num_positions in (512, 4096):
+        hidden_NH = torch.randn(num_positions, 64, device="cuda", dtype=torch.bfloat16)
+        weight_N = torch.ones(num_positions, device="cuda")
+        labels_N = torch.zeros(num_positions, device="cuda", dtype=torch.long)
+        teacher = DenseSignal(torch.randn_like(hidden_NH))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        head_loss(
+            hidden_NH.requires_grad_(), head_VH, labels_N, weight_N, weight_N, teacher,
+            chunk_size=256,
+        ).total.backward()  # fmt: skip
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < peaks[0] + 8 * 4096 * 64
+    assert peaks[0] < 4.5 * 256 * 201_088 * 4
