@@ -272,6 +272,21 @@ def test_a_damaged_cache_entry_is_made_again_with_a_warning(mixture, tmp_path, c
     assert whole.digest == again.digest
 
 
+def test_another_process_that_makes_the_same_entry_does_no_harm(mixture, tmp_path, monkeypatch):
+    pack = build._pack_sources
+
+    def pack_while_another_does(*args):
+        monkeypatch.setattr(build, "_pack_sources", pack)
+        monkeypatch.setattr(build.os, "getpid", lambda: 1)
+        load_blocks(mixture, MODEL, default_split="train", cache_dir=tmp_path / "cache")
+        return pack(*args)
+
+    monkeypatch.setattr(build, "_pack_sources", pack_while_another_does)
+    text = load_blocks(mixture, MODEL, default_split="train", cache_dir=tmp_path / "cache")
+    assert same_arrays(text, load_blocks(mixture, MODEL, default_split="train"))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 def test_a_failure_leaves_no_entry_behind(tmp_path):
     path = write_texts(tmp_path / "a.jsonl", 30)
     path.write_text(path.read_text() + "broken\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -77,7 +79,8 @@ def build_through_cache(recipe: Recipe, cache_dir: Path, world: World | None) ->
 
 def _make_entry(recipe: Recipe, folder: Path) -> BuiltBlocks:
     pad_id = recipe.tokenizer.renderer.pad_id
-    with atomic_directory(folder) as temporary:
+    own = folder.with_name(f"{folder.name}-{os.getpid()}")
+    with atomic_directory(own) as temporary:
         with BlockWriter(recipe.seq_len, pad_id, temporary) as writer:
             report = _pack_sources(recipe, writer)
         write_entry(
@@ -87,6 +90,11 @@ def _make_entry(recipe: Recipe, folder: Path) -> BuiltBlocks:
             counts=writer.counts,
             seq_len=recipe.seq_len,
         )
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+    try:
+        own.rename(folder)
+    except OSError:  # another process made the same entry meanwhile
+        shutil.rmtree(own)
     built = read_entry(folder, verify=False)
     if built is None:
         raise ValueError(f"the text cache {folder} vanished while it was made")
