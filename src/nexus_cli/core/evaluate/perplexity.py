@@ -19,7 +19,7 @@ from nexus_cli.core.evaluate.windows import WindowBatch
 # B windows   S positions   N scored tokens of a batch   C tokens of a chunk
 # H hidden    V vocabulary  E routed experts             K chosen experts   D documents
 
-LOGITS_IN_A_CHUNK = 2**26  # 256 MiB in fp32, whatever the vocabulary
+LOGITS_IN_A_CHUNK = 2**25  # 128 MiB in fp32, whatever the vocabulary
 
 COLUMNS = (
     "tokens",  # scored tokens
@@ -155,9 +155,27 @@ def compare_heads(
         out_4N[0, at] = -logprobs_CV.gather(1, target_C1).squeeze(1).double()
         out_4N[1, at] = -base_CV.gather(1, target_C1).squeeze(1).double()
         out_4N[3, at] = (logprobs_CV.argmax(1) == base_CV.argmax(1)).double()
-        difference_CV = logprobs_CV.neg_().add_(base_CV)
-        out_4N[2, at] = difference_CV.mul_(base_CV.exp_()).sum(1).double()
+        out_4N[2, at] = kl_divergence(base_CV, logprobs_CV).double()
     return out_4N[0], out_4N[1], out_4N[2], out_4N[3]
+
+
+def kl_divergence(base_CV: Tensor, logprobs_CV: Tensor) -> Tensor:
+    """``[C]``: KL(base || model) in nats, exact for small ones too, and never negative.
+
+    ``sum p_b (d + exp(-d) - 1)`` with ``d = ln p_b - ln p_m`` is ``sum p_b d``, since both
+    distributions sum to one; but a rounding error of a log-sum-exp, which moves every ``d``,
+    only enters squared.
+
+    Args:
+        base_CV: Log-probabilities of the baseline.
+        logprobs_CV: Log-probabilities of the model.
+    """
+    d_CV = base_CV - logprobs_CV
+    base_CV = base_CV.exp()
+    terms_CV = torch.expm1(-d_CV).add_(d_CV).mul_(base_CV)
+    # Where exp(-d) overflows, p_b exp(-d) is p_m.
+    far_CV = logprobs_CV.exp().add_(base_CV * (d_CV - 1))
+    return torch.where(d_CV < -60, far_CV, terms_CV).sum(1)
 
 
 def log_probabilities(hidden_CH: Tensor, head_VH: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from nexus_cli.core.evaluate.perplexity import (
     COLUMNS,
     Subject,
     compare_heads,
+    kl_divergence,
     log_probabilities,
     router_overlap,
     score,
@@ -123,6 +124,25 @@ def test_a_model_against_itself_has_no_distance(fakes: SimpleNamespace) -> None:
     assert values["nll"] == values["base_nll"]
     assert values["top1"] == values["tokens"] == 29
     assert values["routers"] == pytest.approx(29, rel=1e-12)
+
+
+def test_a_small_kl_is_not_lost_to_rounding() -> None:
+    torch.manual_seed(0)
+    base = 5 * torch.randn(20, 1000)
+    model = base + 1e-4 * torch.randn(20, 1000)
+    exact = functional.kl_div(
+        model.double().log_softmax(1), base.double().log_softmax(1), log_target=True,
+        reduction="none",
+    ).sum(1)  # fmt: skip
+    found = kl_divergence(base.log_softmax(1), model.log_softmax(1))
+    assert bool((found >= 0).all())
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=0)
+
+
+def test_kl_of_distributions_far_apart_is_finite_and_right() -> None:
+    base, model = torch.tensor([[0.0, 200.0]]), torch.tensor([[0.0, -300.0]])
+    found = kl_divergence(base.log_softmax(1), model.log_softmax(1))
+    assert found.tolist() == [300.0]
 
 
 def test_half_precision_logits_are_never_rounded() -> None:
