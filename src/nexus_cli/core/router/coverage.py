@@ -22,6 +22,7 @@ import multiprocessing
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +85,9 @@ class TypeCounts:
         return list(first.values())
 
 
-def count_types(documents: Sequence[NDArray[np.int64]], *, num_processes: int = 1) -> TypeCounts:
+def count_types(
+    documents: Sequence[NDArray[np.integer[Any]]], *, num_processes: int = 1
+) -> TypeCounts:
     """Count the token types of every document.
 
     Args:
@@ -115,7 +118,7 @@ def count_types(documents: Sequence[NDArray[np.int64]], *, num_processes: int = 
 
 
 def _count(
-    documents: Sequence[NDArray[np.int64]],
+    documents: Sequence[NDArray[np.integer[Any]]],
 ) -> list[tuple[NDArray[np.int32], NDArray[np.int32], bytes]]:
     """Types, counts and digest of each document; runs in a worker."""
     rows = []

@@ -1,0 +1,207 @@
+"""Stage ``collect``: a model and text in, statistics of its routers out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nexus_cli.config.collect import CollectConfig
+from nexus_cli.core.distributed import World
+from nexus_cli.core.model.gpt_oss.loading import load_model
+from nexus_cli.core.model.gpt_oss.modeling_nexus_gpt_oss import NexusGptOssForCausalLM
+from nexus_cli.core.router.accumulate import MomentAccumulator
+from nexus_cli.core.router.batching import make_batch
+from nexus_cli.core.router.moments import RouterMoments
+from nexus_cli.core.train.precision import frozen_dtype
+from nexus_cli.errors import ArtifactError
+from nexus_cli.io import console, model_dir, router_probs
+from nexus_cli.io.atomic import write_atomic
+from nexus_cli.io.model_dir import ModelShape
+from nexus_cli.io.workspace import Workspace
+from nexus_cli.pipeline.collect_dry_run import describe
+from nexus_cli.pipeline.collect_partial import PartialStatistics, Progress
+from nexus_cli.pipeline.collect_plan import CollectPlan, make_plan
+from nexus_cli.pipeline.inputs import Artifact, model_input
+from nexus_cli.pipeline.router_statistics import save_moments
+from nexus_cli.pipeline.stage import StageOutput, stage
+from nexus_cli.pipeline.world import open_world
+
+log = logging.getLogger(__name__)
+
+REPORT_FORMAT = "nexus.collection/1"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every step of the stage needs to know."""
+
+    config: CollectConfig
+    model: Artifact
+    shape: ModelShape
+    world: World
+
+
+def run(
+    config: CollectConfig, workspace: Workspace, *, force: bool = False, dry_run: bool = False
+) -> None:
+    """Write ``router_probs.npz`` and ``collection_report.json``.
+
+    The main rank chooses the text; all ranks run it. A killed run continues where its last
+    partial statistics were saved, on any number of ranks.
+
+    Raises:
+        NexusError: the model, the text or the device is not there, or damaged.
+        ArtifactError: a router of the model produces NaN.
+    """
+    console.configure()
+    model = model_input(config.model)
+    shape = model_dir.read_shape(model.path)
+    if dry_run:
+        describe(config, workspace, model, shape)
+        return
+    world = open_world(config.runtime.device)
+    with stage(
+        "collect",
+        config,
+        workspace,
+        main="router_probs.npz",
+        inputs={"model": model},
+        output=config.output,
+        world=world,
+        force=force,
+    ) as out:
+        if out is not None:
+            _collect(_Job(config, model, shape, world), out)
+
+
+def _collect(job: _Job, out: StageOutput) -> None:
+    world = job.world
+    plan: CollectPlan = world.broadcast_object(
+        make_plan(job.config, job.model, job.shape) if world.is_main else None
+    )
+    if job.shape.num_shared_experts:
+        log.info("%s has a shared expert; it runs as it is, shared expert included", job.model.path)
+    folder = out.main.with_name(f".{out.main.name}.partial")
+    partial = PartialStatistics(folder, plan.digest, world)
+    started = time.monotonic()
+    own, new_tokens = _run_batches(job, plan, partial)
+    seconds = time.monotonic() - started
+    parts = world.gather_objects((own.moments, new_tokens))
+    if not world.is_main:
+        return
+    moments = parts[0][0]
+    for other, _ in parts[1:]:
+        moments = moments + other
+    run_now = sum(tokens for _, tokens in parts)
+    save_moments(out.main, moments, _metadata(job, plan))
+    report = out.main.with_name("collection_report.json")
+    write_atomic(
+        report, json.dumps(_report(job, plan, moments, run_now, seconds), indent=1).encode()
+    )
+    out.add(out.main, format=router_probs.FORMAT)
+    out.add(report, format=REPORT_FORMAT)
+    partial.discard()
+    _tell(out.main, plan, run_now, seconds)
+
+
+def _run_batches(job: _Job, plan: CollectPlan, partial: PartialStatistics) -> tuple[Progress, int]:
+    """This rank's statistics, earlier ones included, and the tokens that it ran now."""
+    world, shape, config = job.world, job.shape, job.config
+    empty = RouterMoments.zeros(shape.num_layers, shape.num_experts, shape.top_k, config.reservoir)
+    before, done = partial.load(empty)
+    left = [number for number in range(len(plan.batches)) if number not in done]
+    mine = left[world.rank :: world.size]
+    if not mine:
+        return before, 0
+    dtype = frozen_dtype(config.dtype, world.device)
+    network = load_model(job.model.path, device=world.device, dtype=dtype)
+    accumulator = MomentAccumulator(before.moments, world.device)
+    counted = set(before.batches)
+    tokens, saved = 0, time.monotonic()
+    for number in console.progress(mine, "batches"):
+        tokens += _run_batch(network, plan, number, config.seed, accumulator, world.device)
+        counted.add(number)
+        if time.monotonic() - saved >= config.runtime.checkpoint_seconds:
+            partial.save(Progress(_moments(accumulator, job), frozenset(counted)))
+            saved = time.monotonic()
+    return Progress(_moments(accumulator, job), frozenset(counted)), tokens
+
+
+def _run_batch(
+    network: NexusGptOssForCausalLM,
+    plan: CollectPlan,
+    number: int,
+    seed: int,
+    accumulator: MomentAccumulator,
+    device: torch.device,
+) -> int:
+    """Count one batch; returns its real tokens."""
+    indices = plan.batches[number]
+    sequences = [plan.sequences[index] for index in indices]
+    batch = make_batch(sequences, indices, pad_id=plan.pad_id, seed=seed).to(device)
+    with torch.inference_mode():
+        output = network.model(
+            input_ids=batch.input_ids_BS,
+            position_ids=batch.position_ids_BS,
+            use_cache=False,
+            output_router_logits=True,
+        )
+        accumulator.add(output.router_logits, batch.body_N, batch.first_B, batch.keys_N)
+    return sum(len(ids) for ids in sequences)
+
+
+def _moments(accumulator: MomentAccumulator, job: _Job) -> RouterMoments:
+    try:
+        return accumulator.moments()
+    except ValueError as error:
+        raise ArtifactError(
+            f"{job.model.path}: {error}", hint="try --set dtype=float32, or check the weights"
+        ) from error
+
+
+def _metadata(job: _Job, plan: CollectPlan) -> dict[str, Any]:
+    """Only what the same command writes again: equal runs give equal files."""
+    return {
+        "model": str(job.model.path),
+        "model_fingerprint": job.model.digest,
+        "num_shared_experts": job.shape.num_shared_experts,
+        "plan": plan.digest,
+        "text": plan.text_digest,
+        "sequences": len(plan.sequences),
+    }
+
+
+def _report(
+    job: _Job, plan: CollectPlan, moments: RouterMoments, run_now: int, seconds: float
+) -> dict[str, Any]:
+    return {
+        "format": REPORT_FORMAT,
+        "model": str(job.model.path),
+        "model_fingerprint": job.model.digest,
+        "shared_experts": job.shape.num_shared_experts,
+        **plan.report,
+        "tokens_counted": moments.body.tokens,
+        "first_tokens_counted": moments.first.tokens,
+        "batches": len(plan.batches),
+        "ranks": job.world.size,
+        "device": str(job.world.device),
+        "dtype": str(frozen_dtype(job.config.dtype, job.world.device)).removeprefix("torch."),
+        "seconds": seconds,
+        "tokens_per_second": run_now / max(seconds, 1e-9),
+    }
+
+
+def _tell(path: Path, plan: CollectPlan, run_now: int, seconds: float) -> None:
+    chosen = plan.report["coverage"]["selected"]
+    console.result(
+        f"{path}: {chosen['tokens']:,} tokens of {chosen['documents']:,} texts; they hold "
+        f"{chosen['token_types']:,} token types, which make up "
+        f"{chosen['distribution_covered']:.1%} of all candidate text; "
+        f"{run_now / max(seconds, 1e-9):,.0f} tokens/s"
+    )
