@@ -35,7 +35,6 @@ from nexus_cli.pipeline.world import open_world
 
 log = logging.getLogger(__name__)
 
-STAGE = "train"  # both commands fill the same folder: what comes after does not care
 LOG = "training.log"
 
 Prepare = Callable[[TrainConfig, Workspace, int], Request]
@@ -72,12 +71,12 @@ def _run(
     world = open_world(config.runtime.device)
     teacher_device = _teacher_device(config, world)
     request = prepare(config, workspace, world.size)
-    log.info("%s", plan.steps_sentence(request))
     if dry_run:
-        plan.describe(request, config.output or workspace.stage_dir(STAGE), world.device)
+        directory = config.output or workspace.stage_dir(request.command)
+        plan.describe(request, directory, world.device)
         return
     with stage(
-        STAGE,
+        request.command,
         config,
         workspace,
         main="",
@@ -109,6 +108,7 @@ def _train(
         start = _agree_on_start(request, out.directory, mine, world, force=force)
         if world.is_main:
             held.callback(_close, _open_log(out.directory, is_new=start is None))
+        log.info("%s", plan.steps_sentence(request))
         models = assemble.load_models(request, world, teacher_device)
         anchor = assemble.make_anchor(request, models.masters)
         progress = _restored(start, models, anchor, world)

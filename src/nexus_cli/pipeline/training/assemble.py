@@ -93,18 +93,13 @@ def load_models(request: Request, world: World, teacher_device: torch.device) ->
 
 
 def tell_trainables(masters: Mapping[str, Tensor]) -> None:
-    """Log the allow-list: what trains, by kind, with counts."""
-    for kind, count in count_by_kind(masters).items():
-        log.info("trains: %s, %s parameters", kind, f"{count:,}")
-
-
-def count_by_kind(masters: Mapping[str, Tensor]) -> dict[str, int]:
-    """Parameters that train, by the last parts of their names."""
+    """Log the allow-list: what trains, with counts."""
     counts: dict[str, int] = {}
     for name, tensor in masters.items():
         kind = name.partition(".mlp.")[2]
         counts[kind] = counts.get(kind, 0) + tensor.numel()
-    return counts
+    each = ", ".join(f"{kind} {count:,}" for kind, count in counts.items())
+    log.info("%s parameters train: %s", f"{sum(counts.values()):,}", each)
 
 
 def make_feed(batches: StepBatches, models: Models, world: World) -> Feed:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +14,9 @@ from nexus_cli.core.model.gpt_oss.surgery import ROUTER, SHARED_EXPERT
 from nexus_cli.core.train.precision import frozen_dtype
 from nexus_cli.errors import ResourceError
 from nexus_cli.io import console, model_dir
+from nexus_cli.pipeline.capacity import free_disk, free_memory, gib
 from nexus_cli.pipeline.training.request import Request
 
-GIB = 2**30
-SIZES = {"U8": 1, "BF16": 2, "F16": 2, "F32": 4}
 LOGIT_BUFFERS = 4  # float32 [chunk, vocabulary] that the head loss holds at its peak
 
 
@@ -55,29 +52,29 @@ def describe(request: Request, directory: Path, device: torch.device) -> None:
     trained = count_trained(tensors, train_router=request.config.router_trains)
     memory = estimate_memory(request, tensors, sum(trained.values()), device)
     disk = checkpoint_bytes(sum(trained.values()), request.config.runtime.keep_last)
-    free, room = free_bytes(device), _free_disk(directory)
+    free, room = free_memory(device), free_disk(directory)
     console.result_table(
         f"nexus {request.command} would",
         ("what", "value"),
         [
             *_work(request, directory),
             *((f"train {kind}", f"{count:,} parameters") for kind, count in trained.items()),
-            ("hold frozen weights", _gib(memory.weights)),
-            ("hold masters, gradients, moments", _gib(memory.training)),
-            ("hold activations (estimate)", _gib(memory.activations)),
-            ("hold logits of a chunk", _gib(memory.head)),
-            ("need in all", f"{_gib(memory.total)} of {_gib(free)} free on {device}"),
-            ("write checkpoints", f"{_gib(disk)} of {_gib(room)} free"),
+            ("hold frozen weights", gib(memory.weights)),
+            ("hold masters, gradients, moments", gib(memory.training)),
+            ("hold activations (estimate)", gib(memory.activations)),
+            ("hold logits of a chunk", gib(memory.head)),
+            ("need in all", f"{gib(memory.total)} of {gib(free)} free on {device}"),
+            ("write checkpoints", f"{gib(disk)} of {gib(room)} free"),
         ],
     )
     if memory.total > free:
         raise ResourceError(
-            f"the run needs about {_gib(memory.total)} on {device}, and {_gib(free)} are free",
+            f"the run needs about {gib(memory.total)} on {device}, and {gib(free)} are free",
             hint="lower --batch-size, or use --set runtime.gradient_checkpointing=true",
         )
     if disk > room:
         raise ResourceError(
-            f"the checkpoints need {_gib(disk)}, and {_gib(room)} are free at {directory}",
+            f"the checkpoints need {gib(disk)}, and {gib(room)} are free at {directory}",
             hint="lower --keep-last, or choose another --output-dir",
         )
 
@@ -171,8 +168,8 @@ def estimate_memory(
 def _layer_bytes(request: Request, model: dict[str, Any], wide: int) -> int:
     """Bytes a token that one layer keeps for its backward pass, attention scores included."""
     shape = request.shape
-    heads, width = model["num_attention_heads"], model.get("head_dim", 64)
-    projected = (heads + 2 * model["num_key_value_heads"]) * width
+    heads, width = int(model["num_attention_heads"]), int(model.get("head_dim", 64))
+    projected = (heads + 2 * int(model["num_key_value_heads"])) * width
     numbers = 4 * shape.hidden_size + projected + heads * width
     numbers += shape.top_k * (2 * shape.intermediate_size + 2 * shape.hidden_size)
     numbers += 6 * shape.shared_intermediate_size
@@ -184,22 +181,5 @@ def checkpoint_bytes(trained: int, keep_last: int) -> int:
     return keep_last * 2 * trained + min(keep_last, 2) * 12 * trained
 
 
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(os.sysconf("SC_AVPHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
-
-
-def _free_disk(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
 def _numel(shape: Sequence[int]) -> int:
     return math.prod(shape)
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f} GiB"

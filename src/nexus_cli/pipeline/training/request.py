@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,12 @@ from nexus_cli.errors import ArtifactError, ConfigError
 from nexus_cli.io import model_dir
 from nexus_cli.io.hashing import sha256_file
 from nexus_cli.io.model_dir import ModelShape
+from nexus_cli.io.teacher_store import FILENAME as STORE
 from nexus_cli.io.teacher_store import TeacherStore, open_store
 from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline.inputs import Artifact, model_input, stage_input
+
+log = logging.getLogger(__name__)
 
 ONLINE_STEPS = 1000
 ONLINE_BATCH = 4
@@ -140,7 +144,7 @@ def offline_request(config: TrainConfig, workspace: Workspace, world_size: int) 
         )
     student, shape = _student(config, workspace)
     store = open_store(
-        config.teacher.store or stage_input(workspace, "precompute", None).path,
+        config.teacher.store or _workspace_store(workspace),
         vocab_size=shape.vocab_size,
         tokenizer=sha256_file(student.path / "tokenizer.json"),
         teacher=_base_of(student.path),
@@ -176,6 +180,15 @@ def offline_request(config: TrainConfig, workspace: Workspace, world_size: int) 
         weights=weights,
         schedule=schedule,
     )
+
+
+def _workspace_store(workspace: Workspace) -> Path:
+    """The store of the precompute stage; a whole one is of use even where the text ran out."""
+    directory = workspace.stage_dir("precompute")
+    if workspace.find("precompute") is None and (directory / STORE).is_file():
+        log.warning("%s holds less than was asked for; training on what is there", directory)
+        return directory
+    return stage_input(workspace, "precompute", None).path
 
 
 def _student(config: TrainConfig, workspace: Workspace) -> tuple[Artifact, ModelShape]:

@@ -1,0 +1,55 @@
+"""Options that ``nexus train`` and ``nexus train-offline`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nexus_cli.cli.options import flag
+from nexus_cli.config.load import resolve
+from nexus_cli.config.train import TrainConfig
+
+T = TrainConfig
+
+StudentModel = Annotated[str | None, flag(T, "student", "--student-model")]
+MaxSteps = Annotated[int | None, flag(T, "max_steps", "--max-steps")]
+BatchSize = Annotated[int | None, flag(T, "batch_size", "--batch-size")]
+Accumulation = Annotated[
+    int | None, flag(T, "gradient_accumulation_steps", "--gradient-accumulation-steps")
+]
+LearningRate = Annotated[float | None, flag(T, "optimizer.learning_rate", "--learning-rate")]
+FreezeRouter = Annotated[
+    bool, typer.Option("--freeze-router", help="Keep the router as it is (the default).")
+]
+TrainRouter = Annotated[bool, typer.Option("--train-router", help="Train the router too.")]
+Advanced = Annotated[
+    bool,
+    typer.Option(
+        "--use-advanced-scheduler", help="Train the router, with DeepSeek-V3 style schedules."
+    ),
+]
+SaveEvery = Annotated[int | None, flag(T, "runtime.save_every", "--save-every")]
+KeepLast = Annotated[int | None, flag(T, "runtime.keep_last", "--keep-last")]
+Resume = Annotated[str | None, flag(T, "runtime.resume", "--resume")]
+OutputDir = Annotated[Path | None, flag(T, "output", "--output-dir", "--output")]
+
+
+def resolve_training(
+    file: Path | None,
+    sets: Sequence[str] | None,
+    flags: Mapping[str, Any],
+    *,
+    freeze_router: bool,
+    train_router: bool,
+    advanced: bool,
+) -> TrainConfig:
+    """The config of a training command; a switch that is off was not given."""
+    switches = {
+        "freeze_router": freeze_router or None,
+        "train_router": train_router or None,
+        "schedule": {"advanced": advanced or None},
+    }
+    return resolve(TrainConfig, "train", file=file, sets=sets or (), **flags, **switches)
