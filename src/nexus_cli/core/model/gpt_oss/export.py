@@ -78,7 +78,7 @@ def write_model_directory(
             placed = {key: renamed[name] for key, name in kept.items()}
             _write_index(folder, placed | dict.fromkeys(stored, NEXUS_SHARD))
             _write_config(folder, base, shape)
-            _place_companions(folder, base, metadata, link)
+            _place_companions(folder, base, metadata)
     except OSError as error:
         raise ResourceError(
             f"cannot write {target}: {error.strerror or error}",
@@ -160,9 +160,7 @@ def _write_config(folder: Path, base: Path, shape: SharedExpertShape | None) -> 
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _place_companions(
-    folder: Path, base: Path, metadata: Mapping[str, Any] | None, link: LinkMode
-) -> None:
+def _place_companions(folder: Path, base: Path, metadata: Mapping[str, Any] | None) -> None:
     """Tokenizer, chat template, generation config, licence: whatever lies beside the weights."""
     shutil.copyfile(MODELING, folder / MODELING.name)
     if metadata is not None:
@@ -174,4 +172,4 @@ def _place_companions(
             ("LICENSE", "NOTICE", "USAGE_POLICY")
         )
         if file.is_file() and wanted and file.name not in WRITTEN | {"training_report.json"}:
-            _place(file, folder / file.name, link)
+            shutil.copyfile(file, folder / file.name)  # a user may edit these
