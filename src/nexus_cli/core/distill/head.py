@@ -50,7 +50,7 @@ def head_loss(
     teacher: TeacherSignal | None,
     *,
     temperature: float = 1.0,
-    chunk_size: int = 1024,
+    chunk_size: int = 256,
     metrics: bool = False,
 ) -> HeadLoss:
     """Weighted cross entropy plus weighted ``T^2 KL(teacher || student)``.

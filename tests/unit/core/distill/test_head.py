@@ -12,7 +12,7 @@ N, H, V = 11, 6, 23
 
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
-    torch.manual_seed(0)
+    torch.manual_seed(100)  # not the seed of problem(): a teacher equal to its student tests little
 
 
 def problem(seed=0, dtype=torch.float64):
@@ -77,6 +77,7 @@ def check_against_autograd(signal, kl_of_logits, temperature):
     expected = (ce_N * ce + kd_N * kd).sum()
     (3 * expected).backward()
 
+    assert signal is None or kd.min() > 0.01
     torch.testing.assert_close(loss.total, expected)
     torch.testing.assert_close(ours_NH.grad, oracle_NH.grad)
     active_N = (ce_N != 0) | (kd_N != 0)
@@ -328,7 +329,7 @@ def test_a_gpu_gives_the_loss_and_gradient_of_float64(kind, temperature):
     teacher_NH = torch.randn(N, H).to("cuda", torch.bfloat16)
     losses, gradients = [], []
     for dtype in (torch.bfloat16, torch.float64):
-        ours_NH = hidden_NH.to(dtype).requires_grad_()
+        ours_NH = hidden_NH.to(dtype, copy=True).requires_grad_()
         signal = DenseSignal(teacher_NH.to(dtype))
         if kind == "top-k":
             signal = topk_signal(teacher_NH.double(), head_VH.double(), 5, temperature)
