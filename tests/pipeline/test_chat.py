@@ -27,7 +27,7 @@ def converse(
 ) -> str:
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     config = ValidateConfig.model_validate(
-        {"model": str(model), "dtype": "float32", "runtime": {"device": "cpu"}, **settings}
+        {"checkpoint": str(model), "dtype": "float32", "runtime": {"device": "cpu"}, **settings}
     )
     validate.run(config, Workspace(tmp_path), mode=Mode(check=False, chat=True))
     assert not list(tmp_path.iterdir())

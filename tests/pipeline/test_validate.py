@@ -87,7 +87,7 @@ def test_a_converted_model_is_its_base_to_the_last_bit(
     tiny_converted_dir: Path, tiny_model_dir: Path, texts: dict[str, str], tmp_path: Path
 ) -> None:
     workspace = Workspace(tmp_path)
-    validate.run(config(texts, model=str(tiny_converted_dir)), workspace)
+    validate.run(config(texts, checkpoint=str(tiny_converted_dir)), workspace)
     report = report_of(workspace)
     assert report["format"] == "nexus.report/1"
     assert failed(report) == []
@@ -118,7 +118,7 @@ def test_base_perplexity_is_that_of_stock_transformers(
     stock = AutoModelForCausalLM.from_pretrained(
         tiny_model_dir, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
     )
-    settings = config(texts, model=str(trained_dir), window=4096, stride=4096)
+    settings = config(texts, checkpoint=str(trained_dir), window=4096, stride=4096)
     validate.run(settings, Workspace(tmp_path))
     found = report_of(Workspace(tmp_path))["sets"]
     for name, data in (("domain", settings.domain), ("general", settings.general)):
@@ -137,7 +137,7 @@ def test_base_perplexity_is_that_of_stock_transformers(
 def test_windows_argument_values_and_kl_equal_a_naive_computation(
     trained_dir: Path, tiny_model_dir: Path, texts: dict[str, str], tmp_path: Path
 ) -> None:
-    settings = config(texts, model=str(trained_dir), baseline=str(tiny_model_dir))
+    settings = config(texts, checkpoint=str(trained_dir), baseline=str(tiny_model_dir))
     validate.run(settings, Workspace(tmp_path))
     report = report_of(Workspace(tmp_path))
     assert report["baseline"]["kind"] == "named"
@@ -184,7 +184,7 @@ def test_without_a_known_base_the_gates_speak_for_the_identity(
     orphan = tmp_path / "orphan"
     shutil.copytree(trained_dir, orphan)
     (orphan / "conversion_metadata.json").unlink()
-    validate.run(config(texts, model=str(orphan), general=None), Workspace(tmp_path / "w"))
+    validate.run(config(texts, checkpoint=str(orphan), general=None), Workspace(tmp_path / "w"))
     report = report_of(Workspace(tmp_path / "w"))
     assert report["baseline"]["kind"] == "self"
     assert failed(report) == []
@@ -201,7 +201,7 @@ def test_a_trained_router_is_told_from_a_damaged_expert(
     changed = dict(before.named_parameters())[router].flip(0).bfloat16()
     target = tmp_path / "router"
     write_model_directory(target, trained_dir, {**nexus_tensors(trained_dir), router: changed})
-    validate.run(config(texts, model=str(target)), Workspace(tmp_path / "w"))
+    validate.run(config(texts, checkpoint=str(target)), Workspace(tmp_path / "w"))
     report = report_of(Workspace(tmp_path / "w"))
     assert failed(report) == []
     assert report["sets"]["general"]["router_agreement"] < 1
@@ -215,7 +215,7 @@ def test_a_changed_frozen_tensor_fails_both_checks_after_the_report_is_written(
     target = tmp_path / "damaged"
     tensors = {**nexus_tensors(trained_dir), "model.norm.weight": norm}
     write_model_directory(target, trained_dir, tensors)
-    settings = config(texts, model=str(target), compute_perplexity=False)
+    settings = config(texts, checkpoint=str(target), compute_perplexity=False)
     for _ in range(2):  # the second time it is up to date, and still fails
         with pytest.raises(CheckFailed, match="frozen tensors that differ"):
             validate.run(settings, Workspace(tmp_path / "w"))
@@ -230,7 +230,7 @@ def test_the_gate_on_general_perplexity(
     signs = []
     for model, baseline in ((trained_dir, tiny_model_dir), (tiny_model_dir, trained_dir)):
         workspace = Workspace(tmp_path / model.name)
-        settings = config(texts, model=str(model), baseline=str(baseline))
+        settings = config(texts, checkpoint=str(model), baseline=str(baseline))
         validate.run(settings, workspace)
         found = report_of(workspace)["sets"]["general"]["perplexity"]
         change = 100 * (found["model"] / found["base"] - 1)
@@ -293,19 +293,19 @@ def test_models_that_cannot_be_compared_are_refused(
     other = make_tiny_model(tmp_path / "other", num_local_experts=4)
     with pytest.raises(ArtifactError, match="num_experts is 8 and 4"):
         validate.run(
-            config(texts, model=str(trained_dir), baseline=str(other)), Workspace(tmp_path)
+            config(texts, checkpoint=str(trained_dir), baseline=str(other)), Workspace(tmp_path)
         )
 
 
 def test_a_missing_model_is_one_clear_line(texts: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no model folder"):
-        validate.run(config(texts, model=str(tmp_path / "nowhere")), Workspace(tmp_path))
+        validate.run(config(texts, checkpoint=str(tmp_path / "nowhere")), Workspace(tmp_path))
 
 
 def test_json_is_the_only_thing_on_stdout(
     trained_dir: Path, texts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = config(texts, model=str(trained_dir), output=tmp_path / "out" / "r.json")
+    settings = config(texts, checkpoint=str(trained_dir), output=tmp_path / "out" / "r.json")
     validate.run(settings, Workspace(tmp_path / "w"), mode=Mode(json=True))
     printed = capsys.readouterr().out
     assert json.loads(printed) == json.loads((tmp_path / "out" / "r.json").read_text())
@@ -319,7 +319,7 @@ def test_a_dry_run_says_what_and_whether_it_fits(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = config(texts, model=str(trained_dir))
+    settings = config(texts, checkpoint=str(trained_dir))
     validate.run(settings, Workspace(tmp_path), dry_run=True)
     printed = capsys.readouterr().out
     assert "models in memory" in printed
@@ -336,7 +336,7 @@ def test_the_end_of_plain_text_can_be_left_out(
     """As lm-evaluation-harness scores it: disjoint windows behind BOS, no end token."""
     tokens = {}
     for score_end in (True, False):
-        settings = config(texts, model=str(trained_dir), score_end=score_end, stride=64)
+        settings = config(texts, checkpoint=str(trained_dir), score_end=score_end, stride=64)
         workspace = Workspace(tmp_path / str(score_end))
         validate.run(settings, workspace)
         found = report_of(workspace)

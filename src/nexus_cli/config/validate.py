@@ -23,7 +23,7 @@ def _text(names: tuple[str, ...]) -> TextData:
 class ValidateConfig(ConfigModel):
     """What is judged, against what, and on which text."""
 
-    model: str | None = Field(
+    checkpoint: str | None = Field(
         None,
         description="Model folder or checkpoint; by default the workspace's newest training, "
         "else its converted model.",

@@ -66,7 +66,7 @@ class Terminal:
 
 
 def _columns(titles: Sequence[str], texts: Sequence[Text]) -> Table:
-    table = Table(*titles, expand=True, box=None, pad_edge=False)
+    table = Table(*titles, expand=True, box=None, padding=(0, 2), pad_edge=False)
     for column in table.columns:
         column.ratio = 1
     table.add_row(*texts)

@@ -100,8 +100,8 @@ def changes(choice: Choice) -> Changes | None:
 
 
 def _model(config: ValidateConfig, workspace: Workspace) -> Artifact:
-    if config.model is not None:
-        return model_input(_folder(config.model))
+    if config.checkpoint is not None:
+        return model_input(_folder(config.checkpoint))
     finished = [
         (found, workspace.stage_dir(name) / found.main)
         for name in TRAININGS

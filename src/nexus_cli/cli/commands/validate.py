@@ -14,7 +14,7 @@ from nexus_cli.io.workspace import DEFAULT_ROOT, Workspace
 
 
 def validate(
-    model: Annotated[str | None, flag(ValidateConfig, "model", "--model")] = None,
+    model: Annotated[str | None, flag(ValidateConfig, "checkpoint", "--model")] = None,
     baseline: Annotated[str | None, flag(ValidateConfig, "baseline", "--baseline")] = None,
     compute_perplexity: Annotated[
         bool, typer.Option("--compute-perplexity", help="Score text (done unless --chat is alone).")
@@ -49,7 +49,7 @@ def validate(
         "validate",
         file=config_file,
         sets=sets or (),
-        model=model,
+        checkpoint=model,
         baseline=baseline,
         compute_perplexity=compute_perplexity or None,
         domain={"sources": data, "data_dir": folder},
