@@ -203,7 +203,8 @@ def test_the_chunk_size_does_not_change_the_loss():
 def test_a_certain_student_that_gives_the_tail_no_mass_has_a_finite_loss():
     head_VH = torch.eye(4)
     hidden_NH = torch.tensor([[200.0, 0, 0, 0]], requires_grad=True)
-    teacher = topk_signal(torch.zeros(1, 4), head_VH, 1, 1.0)
+    quarter = torch.tensor(0.25).log()
+    teacher = TopKSignal(torch.tensor([[0]]), quarter.view(1, 1), torch.tensor([0.75]).log())
     loss = head_loss(hidden_NH, head_VH, torch.tensor([0]), torch.ones(1), torch.ones(1), teacher)
     loss.total.backward()
     assert loss.total.isfinite()
