@@ -1,3 +1,4 @@
+import errno
 import json
 import signal
 import subprocess
@@ -267,6 +268,31 @@ def test_text_that_is_all_too_short_is_an_error(settings, tmp_path):
     with pytest.raises(ResourceError, match="no text of 400 tokens") as caught:
         run(settings, tmp_path, min_seq_length=400)
     assert "--data" in caught.value.hint
+
+
+def test_a_full_disk_and_a_full_device_are_said(settings, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nexus_cli.io.router_probs.write", full)
+        with pytest.raises(ResourceError, match=r"no space left for .*router_probs"):
+            run(settings, tmp_path)
+    settings["runtime"] |= {"checkpoint_seconds": 0}
+    with monkeypatch.context() as patch:
+        patch.setattr("nexus_cli.io.router_probs.write", full)
+        with pytest.raises(ResourceError, match=r"no space left for .*partial"):
+            run(settings, tmp_path)
+
+    class Full:
+        def add(self, *_):
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(collect, "MomentAccumulator", lambda *_: Full())
+    with pytest.raises(ResourceError, match="out of memory on cpu") as caught:
+        run(settings, tmp_path)
+    assert "runtime.batch_size" in caught.value.hint
+    assert not (tmp_path / "router_probs.npz").exists()
 
 
 def test_long_texts_are_cut_into_windows_and_chats_to_their_head():

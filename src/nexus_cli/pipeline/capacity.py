@@ -1,13 +1,16 @@
-"""What a machine has free, and what a model takes of it."""
+"""What a machine has free, what a model takes of it, and what happens when it runs out."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from nexus_cli.errors import ResourceError
 from nexus_cli.io import model_dir
 
 _MEMINFO = Path("/proc/meminfo")
@@ -46,6 +49,19 @@ def weight_bytes(model: Path, dtype: torch.dtype) -> int:
                 width = 4 if tensor["dtype"] == "F32" else 2
                 values += (end - start) // width
     return packed + values * dtype.itemsize
+
+
+@contextmanager
+def memory_on(device: torch.device, hint: str) -> Iterator[None]:
+    """Run a block that may use up the device's memory.
+
+    Raises:
+        ResourceError: it did.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ResourceError(f"out of memory on {device}", hint=hint) from error
 
 
 def gib(count: float) -> str:

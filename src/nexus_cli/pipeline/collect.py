@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from nexus_cli.io import console, model_dir, router_probs
 from nexus_cli.io.atomic import write_atomic
 from nexus_cli.io.model_dir import ModelShape
 from nexus_cli.io.workspace import Workspace
+from nexus_cli.pipeline.capacity import memory_on
 from nexus_cli.pipeline.collect_dry_run import describe
 from nexus_cli.pipeline.collect_partial import PartialStatistics, Progress
 from nexus_cli.pipeline.collect_plan import CollectPlan, make_plan
+from nexus_cli.pipeline.disk import room_for
 from nexus_cli.pipeline.inputs import Artifact, model_input
 from nexus_cli.pipeline.router_statistics import save_moments
 from nexus_cli.pipeline.stage import StageOutput, stage
@@ -35,6 +38,7 @@ from nexus_cli.pipeline.world import open_world
 log = logging.getLogger(__name__)
 
 REPORT_FORMAT = "nexus.collection/1"
+OUT_OF_MEMORY = "use a smaller batch, such as --set runtime.batch_size=8"
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,12 @@ def run(
         world=world,
         force=force,
     ) as out:
-        if out is not None:
-            _collect(_Job(config, model, shape, world), out)
+        partial = None if out is None else _collect(_Job(config, model, shape, world), out)
+    if partial is not None and world.is_main:
+        partial.discard()  # only now are the statistics committed
 
 
-def _collect(job: _Job, out: StageOutput) -> None:
+def _collect(job: _Job, out: StageOutput) -> PartialStatistics:
     world = job.world
     plan: CollectPlan = world.broadcast_object(
         make_plan(job.config, job.model, job.shape) if world.is_main else None
@@ -93,21 +98,29 @@ def _collect(job: _Job, out: StageOutput) -> None:
     own, new_tokens = _run_batches(job, plan, partial)
     seconds = time.monotonic() - started
     parts = world.gather_objects((own.moments, new_tokens))
-    if not world.is_main:
-        return
-    moments = parts[0][0]
-    for other, _ in parts[1:]:
-        moments = moments + other
-    run_now = sum(tokens for _, tokens in parts)
-    save_moments(out.main, moments, _metadata(job, plan))
-    report = out.main.with_name("collection_report.json")
-    write_atomic(
-        report, json.dumps(_report(job, plan, moments, run_now, seconds), indent=1).encode()
-    )
+    if world.is_main:
+        moments = parts[0][0]
+        for other, _ in parts[1:]:
+            moments = moments + other
+        run_now = sum(tokens for _, tokens in parts)
+        _write(job, plan, moments, _report(job, plan, moments, run_now, seconds), out)
+        _tell(out.main, plan, run_now, seconds)
+    return partial
+
+
+def _write(
+    job: _Job,
+    plan: CollectPlan,
+    moments: RouterMoments,
+    report: Mapping[str, Any],
+    out: StageOutput,
+) -> None:
+    beside = out.main.with_name("collection_report.json")
+    with room_for(out.main):
+        save_moments(out.main, moments, _metadata(job, plan))
+        write_atomic(beside, json.dumps(report, indent=1).encode())
     out.add(out.main, format=router_probs.FORMAT)
-    out.add(report, format=REPORT_FORMAT)
-    partial.discard()
-    _tell(out.main, plan, run_now, seconds)
+    out.add(beside, format=REPORT_FORMAT)
 
 
 def _run_batches(job: _Job, plan: CollectPlan, partial: PartialStatistics) -> tuple[Progress, int]:
@@ -145,7 +158,7 @@ def _run_batch(
     indices = plan.batches[number]
     sequences = [plan.sequences[index] for index in indices]
     batch = make_batch(sequences, indices, pad_id=plan.pad_id, seed=seed).to(device)
-    with torch.inference_mode():
+    with memory_on(device, OUT_OF_MEMORY), torch.inference_mode():
         output = network.model(
             input_ids=batch.input_ids_BS,
             position_ids=batch.position_ids_BS,

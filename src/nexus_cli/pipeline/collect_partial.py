@@ -12,6 +12,7 @@ from nexus_cli.core.distributed import World
 from nexus_cli.core.router.moments import RouterMoments
 from nexus_cli.errors import ArtifactError
 from nexus_cli.io import router_probs
+from nexus_cli.pipeline.disk import room_for
 from nexus_cli.pipeline.router_statistics import load_moments, save_moments
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ class PartialStatistics:
         """Replace this rank's file."""
         name = f"rank-{self._world.rank}-of-{self._world.size}.npz"
         metadata = {"plan": self._digest, "batches": sorted(progress.batches)}
-        save_moments(self._folder / name, progress.moments, metadata)
+        with room_for(self._folder):
+            save_moments(self._folder / name, progress.moments, metadata)
 
     def discard(self) -> None:
         """Remove the folder; the main rank calls this when the statistics are whole."""

@@ -42,4 +42,6 @@ def draw(
         if len(sample_RLE):
             figures["router_confidence"] = curves.confidence(sample_RLE)
         for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=DPI, facecolor="white")
+            figure.savefig(
+                folder / f"{name}.png", dpi=DPI, facecolor="white", pil_kwargs={"compress_level": 3}
+            )

@@ -29,7 +29,7 @@ from nexus_cli.pipeline.pca_plots.style import (
 
 MOST_MARKED_CELLS = 1200  # more marks than that hide what they mark
 SIDE = 2.6  # inches of the panel beside a matrix
-RANGE = 4.0  # of the usage scale, in powers of two
+WIDEST = 4.0  # of the usage scale, in powers of two
 
 
 def importance(layers: Sequence[LayerAnalysis], method: Method) -> Figure:
@@ -78,10 +78,11 @@ def usage(layers: Sequence[LayerAnalysis]) -> Figure:
     """How far each expert's applied weight is from an even share."""
     usage_LE = np.stack([layer.usage_E for layer in layers])
     num_layers, num_experts = usage_LE.shape
-    ratio_LE = np.log2(np.maximum(usage_LE * num_experts, 2.0**-RANGE))  # 0: an even share
+    ratio_LE = np.log2(np.maximum(usage_LE * num_experts, 2.0**-WIDEST))  # 0: an even share
+    limit = float(np.clip(np.abs(ratio_LE).max(), 1.0, WIDEST))
     figure, matrix, side = _with_side_panel(num_layers, num_experts)
-    label = "times an even share (log2)"
-    heatmap(figure, matrix, np.minimum(ratio_LE, RANGE), DIVERGING, label, (-RANGE, RANGE))
+    label = "log2 of even shares"
+    heatmap(figure, matrix, ratio_LE, DIVERGING, label, (-limit, limit))
     matrix.set_title("Usage: mean weight applied to each expert")
     logarithm_LE = np.log(np.maximum(usage_LE, np.finfo(np.float64).tiny))
     effective_L = np.exp(-(usage_LE * logarithm_LE).sum(axis=1))

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure  # without pyplot: no window system, no glo
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-DPI = 120
+DPI = 110
 INK, MUTED, GRID = "#22303c", "#6b7a87", "#e4e9ed"
 BLUE, ORANGE, GREEN, PURPLE = "#2166ac", "#d9722e", "#2f8f6b", "#7a5aa6"
 DEPTH = mpl.colormaps["viridis"]
