@@ -285,6 +285,21 @@ def test_two_ranks_make_the_store_of_one(settings, finished, tmp_path):
         np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-3, err_msg=name)
 
 
+def test_a_lost_shard_alone_is_made_again(settings, tmp_path, monkeypatch):
+    config, folder = settings(num_steps=3), tmp_path / "precompute"
+    precompute.run(config, Workspace(tmp_path))
+    before = shards_of(folder)
+    (folder / "shards" / "00001.parquet").unlink()
+    asked = []
+    teacher_rows = precompute.teacher_rows
+    monkeypatch.setattr(
+        precompute, "teacher_rows", lambda *args: asked.append(1) or teacher_rows(*args)
+    )
+    precompute.run(config, Workspace(tmp_path))
+    assert len(asked) == 1
+    assert shards_of(folder) == before
+
+
 def test_force_replaces_a_store_made_with_other_settings(settings, tmp_path):
     precompute.run(settings(num_steps=2), Workspace(tmp_path))
     precompute.run(settings(num_steps=1, top_k=3), Workspace(tmp_path), force=True)

@@ -20,6 +20,7 @@ from nexus_cli.core.train.precision import frozen_dtype
 from nexus_cli.errors import ConfigError, ResourceError
 from nexus_cli.io import console, model_dir, teacher_store
 from nexus_cli.io.hashing import sha256_file, sha256_json
+from nexus_cli.io.manifest import Output
 from nexus_cli.io.model_dir import ModelShape
 from nexus_cli.io.teacher_shards import StoreRows, concatenate
 from nexus_cli.io.teacher_store import ShardRecord, StoreManifest, StorePlan
@@ -111,6 +112,12 @@ def _write_store(
     if world.is_main:
         manifest = writer.finish(list(chain.from_iterable(gathered)))
         out.add(out.directory / teacher_store.FILENAME, format=teacher_store.FORMAT)
+        # The shards were hashed as they were written; their size shows if one is lost.
+        out.files[teacher_store.SHARDS] = Output(
+            format=teacher_store.FORMAT,
+            sha256=manifest.digest,
+            bytes=sum(shard.bytes for shard in manifest.shards),
+        )
         _report(out.directory, manifest)
 
 
