@@ -1,4 +1,4 @@
-"""The tokenizer: the first merges of o200k, then the 21 harmony specials, with the real template."""
+"""The tokenizer: the first merges of o200k, the 21 harmony specials, the real template."""
 
 from __future__ import annotations
 
@@ -65,6 +65,8 @@ def build_tokenizer(files: Path, output: Path) -> PreTrainedTokenizerFast:
         chat_template=template,
     )
     tokenizer.save_pretrained(output)
+    _rewrite_json(output / "tokenizer.json", {})
+    _rewrite_json(output / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     training = output / "chat_template_training.jinja"
     training.write_text(mark_generation(template), encoding="utf-8")
     return PreTrainedTokenizerFast.from_pretrained(output)
@@ -81,6 +83,13 @@ def write_generation_config(tokenizer: PreTrainedTokenizerFast, output: Path) ->
     }
     text = json.dumps(config, indent=2) + "\n"
     (output / "generation_config.json").write_text(text, encoding="utf-8")
+
+
+def _rewrite_json(path: Path, changes: dict[str, str]) -> None:
+    """Store a JSON file on one line (the merges take a third of the room) with some changes."""
+    content = json.loads(path.read_text(encoding="utf-8")) | changes
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _read_ranks(files: Path) -> list[bytes]:

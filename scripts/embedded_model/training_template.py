@@ -1,4 +1,4 @@
-"""Generation marks in the harmony template, so that a loss can be taken on assistant tokens only."""
+"""Generation marks in the harmony template, for a loss on assistant tokens only."""
 
 from __future__ import annotations
 
