@@ -94,7 +94,11 @@ def _prepare(arguments: argparse.Namespace, model_folder: Path) -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     encode_rows(seen, tokenizer).save(arguments.work / "train.npz")
     encode_rows(split.held_out, tokenizer).save(arguments.work / "held_out.npz")
-    facts = {"data": _data_facts(seen), "bundle": bundle, "split": _split_facts(split)}
+    facts: dict[str, Any] = {
+        "data": _data_facts(seen),
+        "bundle": bundle,
+        "split": _split_facts(split),
+    }
     facts["special_ids"] = {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
     facts["tokenizer"] = len(tokenizer)
     (arguments.work / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
@@ -180,7 +184,7 @@ def _score_exported(
 ) -> dict[str, Any]:
     model: GptOssForCausalLM = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, attn_implementation="eager"
-    ).to(device)
+    ).to(device)  # type: ignore[arg-type]
     scores = bits_per_byte(model, held_out, recipe.length, recipe.rows_a_step)
     counter = RoutingCounter(model.config.num_experts_per_tok)
     trained_on = held_out.without_domain(UNSEEN_DOMAIN)
