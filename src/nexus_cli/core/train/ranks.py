@@ -64,11 +64,12 @@ def wrap_for_ranks(step: DistillationStep, world: World) -> nn.Module:
     ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
     ignore(step, [name for name in names if name not in trains])
     wrapped = DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
-    wrapped.register_comm_hook(None, _sum_bucket)
+    # A lambda, because DDP compares the annotations of a hook with types, and ours are text.
+    wrapped.register_comm_hook(None, lambda _, bucket: _sum_bucket(bucket))
     return wrapped
 
 
-def _sum_bucket(_state: object, bucket: Any) -> torch.futures.Future[Tensor]:
+def _sum_bucket(bucket: Any) -> torch.futures.Future[Tensor]:
     work: Any = torch.distributed.all_reduce(bucket.buffer(), async_op=True)
     summed: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
     return summed

@@ -1,0 +1,170 @@
+"""``nexus train-offline``: the same loop on a store, on one rank and on two."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from nexus_cli.config.precompute import PrecomputeConfig
+from nexus_cli.errors import ArtifactError, ConfigError
+from nexus_cli.io.metrics import read_metrics
+from nexus_cli.io.workspace import Workspace
+from nexus_cli.pipeline import precompute, train
+from nexus_cli.pipeline.training import plan
+from nexus_cli.pipeline.training.request import offline_request
+from nexus_cli.pipeline.training.text import passes
+
+
+@pytest.fixture
+def offline(run, teacher_store):
+    def start(name="run", **changes):
+        changes.setdefault("teacher", {"store": str(teacher_store)})
+        return run(name, offline=True, **changes)
+
+    return start
+
+
+def test_a_whole_vocabulary_store_teaches_what_the_teacher_in_memory_does(
+    run, losses, text_data, tiny_model_dir, tmp_path
+):
+    config = PrecomputeConfig(
+        model=str(tiny_model_dir),
+        data=text_data,
+        num_steps=4,
+        batch_size=2,
+        top_k=8256,
+        precision="float32",
+        runtime={"device": "cpu"},
+        output=tmp_path / "teacher",
+    )
+    precompute.run(config, Workspace(tmp_path / "workspace"))
+    online = losses(run("online", max_steps=4))
+    # A store says which source a row is of, and the config what that source teaches.
+    teacher = {"store": str(tmp_path / "teacher")}
+    offline = losses(run("offline", offline=True, max_steps=None, teacher=teacher))
+    assert len(offline) == 4
+    for mine, theirs in zip(offline, online, strict=True):
+        assert mine["tokens"] == theirs["tokens"]
+        for name in ("loss", "ce", "kd", "grad_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "ranks", "batch_size", "steps"),
+    [(1, 1, None, 20), (8, 2, None, 1), (3, 1, None, 6), (1, 1, 5, 8), (2, 2, None, 5)],
+)
+def test_steps_follow_from_the_store(
+    make_config, teacher_store, tmp_path, accumulation, ranks, batch_size, steps
+):
+    config = make_config(
+        teacher={"store": str(teacher_store)},
+        gradient_accumulation_steps=accumulation,
+        batch_size=batch_size,
+        max_steps=None,
+    )
+    request = offline_request(config, Workspace(tmp_path), ranks)
+    assert request.max_steps == steps
+    if batch_size is None:
+        said = plan.steps_sentence(request)
+        assert said == f"20 stored steps / ({accumulation} x {ranks}) = {steps} optimizer steps"
+
+
+def test_a_store_too_small_for_one_step_is_refused(offline):
+    with pytest.raises(ConfigError, match="one optimizer step takes 42"):
+        offline(gradient_accumulation_steps=21, max_steps=None)
+
+
+def test_another_temperature_than_the_stores_is_refused(offline):
+    with pytest.raises(ConfigError, match="temperature 1"):
+        offline(schedule={"temperature": 2.0})
+
+
+def test_router_kl_has_no_teacher_in_a_store(offline, text_data):
+    sources = [source | {"loss": {"router": 1.0}} for source in text_data["sources"]]
+    with pytest.raises(ConfigError, match="no router logits"):
+        offline(data={"sources": sources})
+
+
+def test_a_store_of_another_teacher_is_refused(offline, make_tiny_model, text_data, tmp_path):
+    other = make_tiny_model(tmp_path / "other", seed=3)
+    config = PrecomputeConfig(
+        model=str(other),
+        data=text_data,
+        num_steps=2,
+        batch_size=1,
+        runtime={"device": "cpu"},
+        output=tmp_path / "teacher",
+    )
+    precompute.run(config, Workspace(tmp_path / "workspace"))
+    with pytest.raises(ArtifactError, match="another teacher"):
+        offline(teacher={"store": str(tmp_path / "teacher")})
+
+
+def test_a_store_and_a_teacher_model_contradict_each_other(run, teacher_store, tiny_model_dir):
+    with pytest.raises(ConfigError, match="train-offline"):
+        run(teacher={"store": str(teacher_store)})
+    with pytest.raises(ConfigError, match="nexus train"):
+        run(offline=True, teacher={"model": str(tiny_model_dir)})
+
+
+def test_a_second_pass_reads_every_row_again_in_another_order():
+    order = passes(7, 20, seed=0)
+    assert np.array_equal(order[:7], np.arange(7))
+    assert sorted(order[7:14]) == list(range(7))
+    assert not np.array_equal(order[7:14], np.arange(7))
+    assert np.array_equal(order, passes(7, 20, seed=0))
+    assert np.array_equal(order[:9], passes(7, 9, seed=0))
+
+
+def test_offline_text_comes_from_the_store_alone(offline, tmp_path):
+    directory = offline(max_steps=2, data={"sources": "nemotron-code"})
+    start = read_metrics(directory)[0]
+    assert [name.rpartition("/")[2] for name in start["sources"]] == [
+        "domain.jsonl",
+        "replay.jsonl",
+    ]
+    assert not (tmp_path / "workspace" / "cache").exists()
+
+
+def test_two_ranks_take_the_steps_of_one_with_twice_the_accumulation(
+    make_config, tiny_converted_dir, teacher_store, losses, tmp_path
+):
+    flags = [
+        *("train-offline", "--precomputed-teacher", teacher_store, "--freeze-router"),
+        *("--student-model", tiny_converted_dir, "--device", "cpu", "--max-steps", "3"),
+        *("--gradient-accumulation-steps", "2", "--output-dir", tmp_path / "two"),
+        *("--workspace", tmp_path / "workspace", "--learning-rate", "1e-2"),
+        *("--set", "optimizer.gate_learning_rate=0.1"),
+    ]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, "nexus_cli", *map(str, flags)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=240,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "20 stored steps / (2 x 2) = 5 optimizer steps; 3 asked for" in done.stderr
+    start = read_metrics(tmp_path / "two")[0]
+    assert (start["event"], start["world_size"]) == ("start", 2)
+
+    config = make_config(
+        teacher={"store": str(teacher_store)},
+        data={"sources": "nemotron-code"},
+        batch_size=None,
+        gradient_accumulation_steps=4,
+        max_steps=3,
+        output=tmp_path / "one",
+    )
+    train.run_offline(config, Workspace(tmp_path / "workspace"))
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(two) == 3
+    for mine, theirs in zip(two, one, strict=True):
+        assert mine["tokens"] == theirs["tokens"]
+        for name in ("loss", "ce", "kd", "grad_norm", "gate_mean_abs"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-7)
