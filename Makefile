@@ -6,6 +6,7 @@ SETUP := .venv/.ready
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
+unexport PYTHONDONTWRITEBYTECODE  # without bytecode every command compiles torch again
 
 .PHONY: demo test check format install test-gpu clean
 
