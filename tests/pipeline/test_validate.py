@@ -330,22 +330,38 @@ def test_a_dry_run_says_what_and_whether_it_fits(
         validate.run(settings, Workspace(tmp_path), dry_run=True)
 
 
-def test_the_end_of_plain_text_can_be_left_out(
+def rolling_nll(model, ids: list[int], bos: int, length: int) -> float:
+    """lm-evaluation-harness' ``loglikelihood_rolling``: disjoint windows, the last one full."""
+    total = 0.0
+    for begin in range(0, len(ids), length):
+        end = min(begin + length, len(ids))
+        inputs = [bos, *ids][max(0, end - length) : end]
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([inputs])).logits[0, begin - end :]
+        rows = functional.log_softmax(logits.double(), dim=-1)
+        total -= float(rows.gather(1, torch.tensor(ids[begin:end])[:, None]).sum())
+    return total
+
+
+def test_disjoint_windows_without_the_end_token_are_lm_evals(
     trained_dir: Path, texts: dict[str, str], tmp_path: Path
 ) -> None:
-    """As lm-evaluation-harness scores it: disjoint windows behind BOS, no end token."""
-    tokens = {}
+    found = {}
     for score_end in (True, False):
         settings = config(texts, checkpoint=str(trained_dir), score_end=score_end, stride=64)
         workspace = Workspace(tmp_path / str(score_end))
         validate.run(settings, workspace)
-        found = report_of(workspace)
-        tokens[score_end] = {name: found["sets"][name]["tokens"] for name in ("domain", "general")}
-    assert tokens[True]["general"] == tokens[False]["general"] + 4
-    assert tokens[True]["domain"] == tokens[False]["domain"]
+        found[score_end] = report_of(workspace)["sets"]
+    assert found[True]["general"]["tokens"] == found[False]["general"]["tokens"] + 4
+    assert found[True]["domain"]["tokens"] == found[False]["domain"]["tokens"]
     tokenizer = load_tokenizer(trained_dir)
-    words = sum(
-        len(tokenizer(f"The {n} brown foxes jump. " * (4 + 8 * n), add_special_tokens=False)[0])
+    model = load_model(trained_dir, device="cpu", dtype=torch.float32)
+    rows = [
+        tokenizer(f"The {n} brown foxes jump. " * (4 + 8 * n), add_special_tokens=False).input_ids
         for n in range(4)
-    )
-    assert tokens[False]["general"] == words
+    ]
+    nll = sum(rolling_nll(model, ids, tokenizer.bos_token_id, 64) for ids in rows)
+    tokens = sum(map(len, rows))
+    assert found[False]["general"]["tokens"] == tokens
+    measured = found[False]["general"]["perplexity"]["model"]
+    assert measured == pytest.approx(math.exp(nll / tokens), rel=1e-5)

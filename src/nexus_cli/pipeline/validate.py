@@ -209,10 +209,10 @@ def _score(
 
 
 def _without_end(document: TokenizedDocument, score_end: bool, end: int) -> TokenizedDocument:
-    """Plain text without its end-of-text token as a target, if it is not to be scored."""
+    """Plain text without its end-of-text token, if that is not to be scored."""
     if score_end or document.is_chat or not len(document) or document.input_ids[-1] != end:
         return document
-    return validate_report.without_last_target(document)
+    return validate_report.without_end(document)
 
 
 def _degradation(result: TextResult, limit: float) -> Check:

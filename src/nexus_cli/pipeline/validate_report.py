@@ -95,11 +95,14 @@ def bytes_of(documents: Sequence[TokenizedDocument]) -> NDArray[np.int64]:
     return np.array([document.num_bytes for document in documents], dtype=np.int64)
 
 
-def without_last_target(document: TokenizedDocument) -> TokenizedDocument:
-    """The document with its last token not scored; a control token, so no byte is lost."""
-    mask = document.loss_mask.copy()
-    mask[-1] = False
-    return replace(document, loss_mask=mask)
+def without_end(document: TokenizedDocument) -> TokenizedDocument:
+    """The document without its last token: a control token, so no byte is lost."""
+    return replace(
+        document,
+        input_ids=document.input_ids[:-1],
+        loss_mask=document.loss_mask[:-1],
+        value_mask=document.value_mask[:-1],
+    )
 
 
 def show(report: Mapping[str, Any]) -> None:
