@@ -60,7 +60,7 @@ STYLE: Any = {
 
 def draw_figure(figure: Figure, runs: Sequence[Run], window: int, folder: Path) -> list[Path]:
     """Write ``<name>.png`` and ``<name>.svg`` with all panels of a figure."""
-    columns = min(3 if len(figure.panels) in (3, 5, 6, 9) else 2, len(figure.panels))
+    columns = 3 if len(figure.panels) in (3, 5, 6, 9) else min(2, len(figure.panels))
     rows = -(-len(figure.panels) // columns)
     with mpl.rc_context(STYLE):
         canvas = Canvas(figsize=(4.6 * columns, 3.0 * rows + 0.75), layout="constrained")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nexus_cli.pipeline.plotting.series import Run, eval_names, extract
+from nexus_cli.pipeline.plotting.series import Key, Run, eval_names, extract
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Panel:
         name: File name of the panel, and its anchor in the report.
         title: What it shows.
         unit: Label of the vertical axis.
-        keys: Dotted keys of the metrics; the first is drawn solid, the next dashed.
+        keys: Keys of the metrics; the first is drawn solid, the next dashed.
         labels: Names of the keys where there are several.
         varies: Draw it only if it ever changes; a constant is said in a note instead.
         log: Logarithmic axis when the values span more than a factor of fifty.
@@ -27,7 +27,7 @@ class Panel:
     name: str
     title: str
     unit: str
-    keys: tuple[str, ...]
+    keys: tuple[Key, ...]
     labels: tuple[str, ...] = ()
     varies: bool = False
     log: bool = False
@@ -51,6 +51,7 @@ LOSSES = Figure(
         Panel("loss", "Total loss", "nats a token", ("loss",)),
         Panel("cross-entropy", "Cross entropy with the text", "nats a token", ("ce",)),
         Panel("kl", "KL to the teacher", "nats a token", ("kd",)),
+        Panel("agreement", "Same most likely token as the teacher", "share", ("agreement",)),
     ),
 )
 ROUTER = Figure(
@@ -100,19 +101,30 @@ SPEED = Figure(
 
 def figures(runs: Sequence[Run]) -> list[Figure]:
     """All figures that these runs could fill."""
-    names = list(dict.fromkeys(name for run in runs for name in eval_names(run.records)))
-    evaluation = Figure("evaluation", "Held-out text", tuple(map(_evaluation, names)))
+    names = dict.fromkeys(name for run in runs for name in eval_names(run.records))
+    held_out = [p for n, name in enumerate(names) for p in _evaluation(n, name)]
+    evaluation = Figure("evaluation", "Held-out text", tuple(held_out))
     return [LOSSES, evaluation, ROUTER, OPTIMISER, SPEED]
 
 
-def _evaluation(name: str) -> Panel:
-    return Panel(
-        f"perplexity-{''.join(c if c.isalnum() else '-' for c in name)}",
-        f"Perplexity: {name}",
+def _evaluation(number: int, name: str) -> tuple[Panel, Panel]:
+    """Panels of one text; a file is shown by its name alone."""
+    short = name.rpartition("/")[2]
+    perplexity = Panel(
+        f"perplexity-{number}",
+        f"Perplexity: {short}",
         "perplexity",
-        (f"eval.{name}.perplexity",),
+        (("eval", name, "perplexity"),),
         smooth=False,
     )
+    kl = Panel(
+        f"held-out-kl-{number}",
+        f"KL to the teacher: {short}",
+        "nats a token",
+        (("eval", name, "kd"),),
+        smooth=False,
+    )
+    return perplexity, kl
 
 
 def note_if_empty(panel: Panel, runs: Sequence[Run]) -> str | None:

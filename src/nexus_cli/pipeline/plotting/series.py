@@ -16,6 +16,7 @@ MAX_POINTS = 800
 LARGEST_SHARE = 5  # a window is at most this fraction of a run
 
 Record = Mapping[str, Any]
+Key = str | tuple[str, ...]  # a name, or names from the outermost object inwards
 Floats = NDArray[np.float64]
 
 
@@ -66,14 +67,14 @@ class Band:
     high_B: Floats
 
 
-def extract(records: Sequence[Record], key: str) -> Series:
-    """The values under the dotted ``key``; of two records of a step the later one counts.
+def extract(records: Sequence[Record], key: Key) -> Series:
+    """The values under ``key``; of two records of a step the later one counts.
 
     Records without the key are left out: nothing was measured there. ``null`` is a gap.
     """
     found: dict[int, float] = {}
     for record in records:
-        missing, value = _look_up(record, key.split("."))
+        missing, value = _look_up(record, (key,) if isinstance(key, str) else key)
         if not missing and (value is None or isinstance(value, (int, float))):
             found[record["step"]] = float("nan") if value is None else float(value)
     steps = sorted(found)

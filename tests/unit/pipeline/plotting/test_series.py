@@ -37,11 +37,11 @@ def test_the_later_of_two_records_of_a_step_counts_and_steps_ascend() -> None:
     assert found.values_P.tolist() == [5, 2]
 
 
-def test_dotted_keys_reach_into_evaluations() -> None:
-    records = [{"step": 5, "eval": {"domain": {"perplexity": 9.0}, "general": {}}}]
-    assert extract(records, "eval.domain.perplexity").values_P.tolist() == [9.0]
-    assert len(extract(records, "eval.general.perplexity")) == 0
-    assert eval_names(records) == ["domain", "general"]
+def test_keys_reach_into_evaluations_of_any_name() -> None:
+    records = [{"step": 5, "eval": {"a/b.jsonl": {"perplexity": 9.0}, "general": {}}}]
+    assert extract(records, ("eval", "a/b.jsonl", "perplexity")).values_P.tolist() == [9.0]
+    assert len(extract(records, ("eval", "general", "perplexity"))) == 0
+    assert eval_names(records) == ["a/b.jsonl", "general"]
 
 
 def test_events_are_found_by_kind() -> None:
