@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 
 from nexus_cli.core.train import checkpoints
 from nexus_cli.core.train.loop import Loop
-from nexus_cli.errors import ArtifactError, ConfigError, Interrupted, WorkspaceError
+from nexus_cli.errors import ArtifactError, ConfigError, Interrupted, ResourceError, WorkspaceError
 from nexus_cli.io.metrics import read_metrics
 
 AVERAGED = {"averaging": {"every": 3, "beta": 0.3, "anchor": "previous"}}
@@ -181,6 +182,28 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     monkeypatch.undo()
     assert names(tmp_path / "run") == ["checkpoint-5"]
     assert trained_bytes(run() / "checkpoint-10") == trained_bytes(whole / "checkpoint-10")
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_before_is_gone_on_from(
+    run, losses, monkeypatch, tmp_path
+):
+    real = checkpoints.write_state
+
+    def full(directory, state):
+        if state.step == 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(directory, state)
+
+    monkeypatch.setattr(checkpoints, "write_state", full)
+    with pytest.raises(ResourceError, match="No space left") as caught:
+        run()
+    monkeypatch.undo()
+    assert "free some disk space" in str(caught.value.hint)
+    assert names(tmp_path / "run") == ["checkpoint-5"]
+    left = tmp_path / "run" / ".checkpoint-10.tmp"
+    left.mkdir()  # as a kill would have left it
+    assert len(losses(run())) == 10
+    assert not left.exists()
 
 
 def test_sigterm_ends_the_command_with_143_and_the_same_command_finishes_it(

@@ -80,6 +80,12 @@ def remove_checkpoint(checkpoint: Checkpoint) -> None:
     _remove(checkpoint.path)
 
 
+def sweep(directory: Path) -> None:
+    """Delete what a kill left half written or half deleted; whole checkpoints stay."""
+    for path in directory.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _prune(directory: Path, keep_last: int) -> None:
     checkpoints = find_checkpoints(directory)
     for checkpoint in checkpoints[:-keep_last]:

@@ -224,7 +224,7 @@ class Loop:
             "gate_learning_rate": rates.gate,
             "temperature": values.temperature,
             "kd_weight": values.kd_scale * self.settings.kd_weight,
-            "tokens_per_second": self._watch.rate(counts.tokens),
+            "tokens_per_second": self._watch.rate(counts.positions),
             "memory_gib": memory_gib(self.parts.world.device),
             "gate_mean_abs": gate_mean_abs(self.parts.masters),
         }

@@ -22,11 +22,13 @@ class StepCounts:
 
     Attributes:
         tokens: counted tokens of the step, over micro-batches and ranks.
+        positions: positions that the student reads, counted in the loss or not.
         sequences: sequences with a counted token.
         stop_signal: number of a signal that some rank received, or 0.
     """
 
     tokens: int
+    positions: int
     sequences: int
     stop_signal: int
 
@@ -40,14 +42,15 @@ def agree(batches: Sequence[Batch], received: int | None, world: World) -> StepC
     masks = [target_mask(batch) for batch in batches]
     counts = [
         sum(int(mask_BS.sum()) for mask_BS in masks),
+        sum(mask_BS.numel() for mask_BS in masks),
         sum(int(mask_BS.any(dim=1).sum()) for mask_BS in masks),
         int(received == signal.SIGTERM),
         int(received == signal.SIGINT),
     ]
     total = world.sum_(torch.tensor(counts, dtype=torch.int64, device=world.device))
-    tokens, sequences, terminated, interrupted = map(int, total.tolist())
+    tokens, positions, sequences, terminated, interrupted = map(int, total.tolist())
     stop = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
-    return StepCounts(tokens, sequences, int(stop))
+    return StepCounts(tokens, positions, sequences, int(stop))
 
 
 def wrap_for_ranks(step: DistillationStep, world: World) -> nn.Module:

@@ -14,6 +14,7 @@ from nexus_cli.core.train.checkpoints import (
     find_checkpoints,
     newest_resumable,
     remove_checkpoint,
+    sweep,
 )
 from nexus_cli.core.train.state import TrainingState, read_counters, read_state
 from nexus_cli.errors import ConfigError, WorkspaceError
@@ -66,6 +67,7 @@ def choose_start(
         ConfigError: there is no such checkpoint.
         WorkspaceError: the checkpoint is of another run, or others would be lost.
     """
+    sweep(directory)
     if resume not in ("auto", "never"):
         chosen = _named(Path(resume).expanduser())
         if not force:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ from nexus_cli.pipeline.text import load_blocks
 from nexus_cli.pipeline.training.request import Request
 
 # Shape letters in this file: N samples of the whole run, B sequences of a batch.
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,10 @@ def held_out_text(request: Request, workspace: Workspace, world: World) -> HeldO
     """
     settings = request.config.evaluation
     data = settings.data or (_held_out_of(request.config.data) if request.store is None else None)
-    if data is None or settings.every is None:
+    if settings.every is None:
+        return None
+    if data is None:
+        log.info("no held-out text to judge by: name some with --set evaluation.data.sources=...")
         return None
     text = load_blocks(
         data,

@@ -57,15 +57,18 @@ def alone():
 
 @pytest.fixture
 def make_student(tiny_converted_dir):
-    """A fresh student; ``gate`` is how far its gates are open."""
+    """A fresh student with lively shared experts; ``gate`` is how far its gates are open."""
 
     def make(gate=0.5, train_router=False, dtype=torch.float32):
         model = load_model(tiny_converted_dir, device="cpu", dtype=dtype)
         masters = promote(model, trainable_names(model, train_router=train_router))
+        generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, master in masters.items():
                 if name.endswith("output_gate"):
                     master.fill_(gate)
+                elif ".shared_expert." in name:  # as large as the routed experts
+                    master.normal_(0.0, 0.3, generator=generator)
         return model, masters
 
     return make

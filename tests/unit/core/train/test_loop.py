@@ -1,0 +1,134 @@
+"""The loop alone, on real parts: what it moves, records, and exchanges."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+from nexus_cli.core.distill.schedule import Schedule
+from nexus_cli.core.distill.self_teacher import SelfTeacher
+from nexus_cli.core.train.evaluation import HeldOut, evaluate
+from nexus_cli.core.train.feed import Feed, StepBatches
+from nexus_cli.core.train.loop import Loop, LoopSettings, Parts, Progress
+from nexus_cli.core.train.optim import Rates, build_optimizer
+from nexus_cli.core.train.signals import StopRequest
+from nexus_cli.core.train.step import DistillationStep, Objective, SourceWeights
+
+SOURCES = ("domain", "replay")
+
+
+class Memory(list):
+    """A recorder that keeps its records."""
+
+    def write(self, record):
+        self.append(dict(record))
+
+
+def digests(model, masters):
+    return {
+        name: hashlib.sha256(parameter.numpy(force=True).tobytes()).hexdigest()
+        for name, parameter in model.named_parameters()
+        if name not in masters
+    }
+
+
+@pytest.fixture
+def make_loop(make_student, blocks, alone):
+    def make(max_steps=4, **changes):
+        model, masters = make_student()
+        place = np.arange(4 * max_steps)
+        order = place // 2 + len(blocks) // 2 * (place % 2)  # the sources take turns
+        batches = StepBatches(blocks, order, 2, 2)
+        objective = Objective((SourceWeights(1.0, 0.1, 0.0), SourceWeights(0.0, 1.0, 0.0)))
+        saved = []
+
+        def save(progress):
+            saved.append(progress.step)
+            return f"checkpoint-{progress.step}"
+
+        parts = Parts(
+            module=DistillationStep(model, objective),
+            masters=masters,
+            optimizer=build_optimizer(masters, weight_decay=0.0),
+            schedule=Schedule(max_steps),
+            feed=Feed(batches, SelfTeacher(model, router_logits=True), alone.device),
+            world=alone,
+            recorder=Memory(),
+            save=save,
+            evaluate=dict,
+            stop=StopRequest(),
+        )
+        settings = LoopSettings(
+            max_steps=max_steps,
+            clip_norm=0.5,
+            rates=Rates(1e-2, 1e-2, 0.0, 0.0),
+            sources=SOURCES,
+            kd_weight=1.0,
+            num_layers=2,
+            **changes,
+        )
+        return Loop(parts, settings, Progress()), model, saved
+
+    return make
+
+
+def test_every_frozen_tensor_keeps_its_bytes_and_every_master_moves(make_loop):
+    loop, model, _ = make_loop()
+    frozen = digests(model, loop.parts.masters)
+    assert any("blocks" in name for name in frozen)
+    before = {name: master.detach().clone() for name, master in loop.parts.masters.items()}
+    assert loop.run() == 0
+    assert digests(model, loop.parts.masters) == frozen
+    assert all(not torch.equal(loop.parts.masters[name], before[name]) for name in before)
+
+
+def test_every_step_leaves_a_record_with_its_losses_rates_and_drift(make_loop):
+    loop, _, saved = make_loop(save_every=2, watch_every=2)
+    loop.run()
+    steps = [record for record in loop.parts.recorder if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    for record in steps:
+        domain, replay = (record["sources"][name] for name in SOURCES)
+        assert record["ce"] == pytest.approx((domain["ce"] + replay["ce"]) / 2, rel=0.1)
+        assert record["clipped"] == (record["grad_norm"] > 0.5)
+        assert record["learning_rate"] == record["gate_learning_rate"] == 1e-2
+        assert record["tokens_per_second"] > 0
+        assert record["memory_gib"] > 0
+        assert ("drift_kl" in record) == (record["step"] in (1, 2, 4))
+    assert steps[-1]["epoch"] == 1.0
+    assert saved == [2, 4]
+    events = [(r["step"], r["event"]) for r in loop.parts.recorder if "event" in r]
+    assert events == [(2, "checkpoint"), (4, "checkpoint"), (4, "finish")]
+
+
+def test_a_stop_between_steps_saves_once_and_gives_the_signal(make_loop):
+    loop, _, saved = make_loop(save_every=1)
+    real = loop._step
+
+    def step(counts):
+        real(counts)
+        if loop.progress.step == 2:
+            loop.parts.stop.received = 15
+
+    loop._step = step
+    assert loop.run() == 15
+    assert saved == [1, 2]
+
+
+def test_held_out_losses_do_not_depend_on_the_batches(make_student, blocks, alone):
+    model, _ = make_student()
+    step = DistillationStep(model, Objective((SourceWeights(1.0, 0.0, 0.0),) * 2))
+    teacher = SelfTeacher(model)
+    cuts = [[np.arange(16)], [np.array([i]) for i in range(16)]]
+    whole, single = (
+        evaluate(step, HeldOut(SOURCES, [blocks.batch(part) for part in cut]), teacher, alone)
+        for cut in cuts
+    )
+    for name in SOURCES:
+        for key in ("loss", "perplexity", "kd"):
+            assert whole[name][key] == pytest.approx(single[name][key], rel=1e-5)
+        assert whole[name]["perplexity"] == pytest.approx(np.exp(whole[name]["loss"]))
+        assert whole[name]["kd"] > 0.01
