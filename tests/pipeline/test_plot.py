@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -87,14 +86,14 @@ def read_page(folder: Path) -> str:
 
 
 def test_a_finished_run_becomes_figures_and_a_page(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workspace = Workspace(tmp_path / "ws")
     make_run(workspace.stage_dir("train"))
     (workspace.stage_dir("validate")).mkdir()
     (workspace.stage_dir("validate") / "report.json").write_text(json.dumps(REPORT))
-    with caplog.at_level(logging.INFO, "nexus_cli"):
-        plot.run(PlotConfig(), workspace)
+    plot.run(PlotConfig(), workspace)
+    said = capsys.readouterr()
     folder = workspace.stage_dir("plot")
     pictures = {path.stem for path in folder.glob("*.png")}
     assert pictures == {"losses", "evaluation", "optimiser", "result"}
@@ -106,8 +105,8 @@ def test_a_finished_run_becomes_figures_and_a_page(
     assert "&lt;b&gt;" in page
     assert "temperature" not in page.lower().split("<h2>notes")[0]
     assert "Temperature of the KL: 1 throughout" in page
-    assert "not a finite number at 1 steps, first at step 4" in caplog.text
-    assert "report.html" in capsys.readouterr().out
+    assert "not a finite number at 1 steps, first at step 4" in " ".join(said.err.split())
+    assert "report.html" in said.out
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest["inputs"]) == {"train", "validate"}
     assert "losses.png" in manifest["outputs"]
@@ -155,15 +154,15 @@ def test_a_run_of_thousands_of_steps_stays_a_small_page(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_step_yet_is_said_not_drawn(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "new"
     folder.mkdir()
     with MetricsWriter(folder / "metrics.jsonl") as writer:
         writer.write({"step": 0, "event": "start"})
-    with caplog.at_level(logging.INFO, "nexus_cli"):
-        plot.run(PlotConfig(log_file=str(folder), output=tmp_path / "p"), Workspace(tmp_path))
-    assert "no training step was recorded yet" in caplog.text
+    plot.run(PlotConfig(log_file=str(folder), output=tmp_path / "p"), Workspace(tmp_path))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no training step was recorded yet" in said
     assert not list((tmp_path / "p").glob("*.png"))
 
 

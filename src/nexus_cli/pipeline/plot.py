@@ -53,6 +53,7 @@ def run(
         ArtifactError: a file is not what it should be.
     """
     del force
+    console.configure()
     sources = _sources(config, workspace)
     report_path = _report_path(config, workspace)
     if not sources and report_path is None:
