@@ -26,14 +26,16 @@ SIZES = {
 
 
 def commands() -> list[str]:
-    section = README.read_text().partition("## From the original's scripts")[2].partition("\n## ")[0]
+    after = README.read_text().partition("## From the original's scripts")[2]
+    section = after.partition("\n## ")[0]
     return re.findall(r"^\| [^|]+ \| `([^`]+)` \|$", section, re.MULTILINE)
 
 
 def substituted(line: str) -> list[str]:
     """The line on the embedded model, with small sizes and two CPU ranks for two GPUs."""
     line = line.replace("/path/to/gpt-oss-120b-nexus", "nexus-model")
-    line = line.replace("/path/to/gpt-oss-120b", "embedded").replace("checkpoint-1000", "checkpoint-2")
+    line = line.replace("/path/to/gpt-oss-120b", "embedded")
+    line = line.replace("checkpoint-1000", "checkpoint-2")
     words = shlex.split(line)
     for index, word in enumerate(words[:-1]):
         words[index + 1] = SIZES.get(word, words[index + 1])
