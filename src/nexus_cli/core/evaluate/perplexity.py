@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nexus_cli.core.distill.projection import project
 from nexus_cli.core.evaluate.windows import WindowBatch
 
 # B windows   S positions   N scored tokens of a batch   C tokens of a chunk
@@ -179,16 +180,11 @@ def kl_divergence(base_CV: Tensor, logprobs_CV: Tensor) -> Tensor:
 
 
 def log_probabilities(hidden_CH: Tensor, head_VH: Tensor) -> Tensor:
-    """float32 ``[C, V]``: log-softmax of logits that were never rounded to half precision.
+    """``[C, V]``: log-softmax of logits that were never rounded to half precision.
 
-    float64 inputs stay float64.
+    float32, or float64 for a float64 head.
     """
-    if hidden_CH.dtype == torch.float64:
-        logits_CV = hidden_CH @ head_VH.T
-    elif hidden_CH.is_cuda and hidden_CH.dtype == head_VH.dtype == torch.bfloat16:
-        logits_CV = torch.mm(hidden_CH, head_VH.T, out_dtype=torch.float32)
-    else:
-        logits_CV = hidden_CH.float() @ head_VH.float().T
+    logits_CV = project(hidden_CH, head_VH)
     return logits_CV.sub_(logits_CV.logsumexp(1, keepdim=True))
 
 
