@@ -42,11 +42,13 @@ def test_a_whole_vocabulary_store_teaches_what_the_teacher_in_memory_does(
         output=tmp_path / "teacher",
     )
     precompute.run(config, Workspace(tmp_path / "workspace"))
-    online = losses(run("online", max_steps=4))
+    lively = {"optimizer": {"learning_rate": 0.2, "gate_learning_rate": 0.5}}
+    online = losses(run("online", max_steps=4, **lively))
     # A store says which source a row is of, and the config what that source teaches.
     teacher = {"store": str(tmp_path / "teacher")}
-    offline = losses(run("offline", offline=True, max_steps=None, teacher=teacher))
+    offline = losses(run("offline", offline=True, max_steps=None, teacher=teacher, **lively))
     assert len(offline) == 4
+    assert offline[-1]["kd"] > 0.01
     for mine, theirs in zip(offline, online, strict=True):
         assert mine["tokens"] == theirs["tokens"]
         for name in ("loss", "ce", "kd", "grad_norm"):
@@ -137,8 +139,8 @@ def test_two_ranks_take_the_steps_of_one_with_twice_the_accumulation(
         *("train-offline", "--precomputed-teacher", teacher_store, "--freeze-router"),
         *("--student-model", tiny_converted_dir, "--device", "cpu", "--max-steps", "3"),
         *("--gradient-accumulation-steps", "2", "--output-dir", tmp_path / "two"),
-        *("--workspace", tmp_path / "workspace", "--learning-rate", "1e-2"),
-        *("--set", "optimizer.gate_learning_rate=0.1"),
+        *("--workspace", tmp_path / "workspace", "--learning-rate", "0.2"),
+        *("--set", "optimizer.gate_learning_rate=0.5"),
     ]
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     done = subprocess.run(
@@ -159,11 +161,13 @@ def test_two_ranks_take_the_steps_of_one_with_twice_the_accumulation(
         batch_size=None,
         gradient_accumulation_steps=4,
         max_steps=3,
+        optimizer={"learning_rate": 0.2, "gate_learning_rate": 0.5},
         output=tmp_path / "one",
     )
     train.run_offline(config, Workspace(tmp_path / "workspace"))
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(two) == 3
+    assert two[-1]["kd"] > 1e-3
     for mine, theirs in zip(two, one, strict=True):
         assert mine["tokens"] == theirs["tokens"]
         for name in ("loss", "ce", "kd", "grad_norm", "gate_mean_abs"):
