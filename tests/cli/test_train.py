@@ -14,12 +14,6 @@ def test_freezing_and_training_the_router_is_a_usage_error(nexus, tmp_path, comm
     assert not list(tmp_path.iterdir())
 
 
-def test_a_workspace_without_a_student_says_which_command_makes_one(nexus, tmp_path):
-    done = nexus("train", "--device", "cpu", cwd=tmp_path)
-    assert done.returncode == 3
-    assert "nexus convert" in done.stderr
-
-
 def test_the_spec_line_runs_with_other_devices_and_ends_at_its_checkpoint(
     nexus, tiny_model_dir, tiny_converted_dir, tmp_path
 ):

@@ -124,6 +124,7 @@ class TeacherConfig(ConfigModel):
 class TrainRuntime(RuntimeConfig):
     """How a run is carried out; none of it changes what is learned."""
 
+    batch_size: int = Field(8, gt=0, description="Sequences a forward pass on held-out text.")
     teacher_device: str | None = Field(
         None, description="Device of --teacher-model; by default the student's."
     )

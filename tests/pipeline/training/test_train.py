@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from nexus_cli.config.train import TrainConfig, weights_of
 from nexus_cli.core.model.gpt_oss.loading import load_model
 from nexus_cli.core.train import step
-from nexus_cli.errors import ArtifactError, ConfigError, ResourceError
+from nexus_cli.errors import ArtifactError, ConfigError, ResourceError, WorkspaceError
 from nexus_cli.io import model_dir
 from nexus_cli.io.hashing import sha256_file
 from nexus_cli.io.metrics import read_metrics
@@ -146,6 +146,12 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_what_was_saved(
 def test_a_student_without_shared_experts_is_refused(run, tiny_model_dir):
     with pytest.raises(ConfigError, match="no shared expert") as caught:
         run(student=str(tiny_model_dir))
+    assert "nexus convert" in str(caught.value.hint)
+
+
+def test_a_workspace_without_a_student_says_which_command_makes_one(run):
+    with pytest.raises(WorkspaceError, match="no finished 'convert' stage") as caught:
+        run(student=None)
     assert "nexus convert" in str(caught.value.hint)
 
 
