@@ -23,6 +23,8 @@ def run_stage(stage: str, workspace: Path, config: Path) -> float:
     command = [sys.executable, "-m", "nexus_cli", stage, "-w", str(workspace), "-c", str(config)]
     if stage == "validate":
         command += ["--model", str(workspace / "train")]
+    if stage == "train-offline":
+        command += ["--set", "max_steps=null"]  # one pass over the store
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=sys.stderr)
     return time.perf_counter() - start

@@ -12,6 +12,6 @@ step pca $run             # which of them the shared expert should start from
 step convert $run         # the original's shards, linked, and one new shard beside them
 step train $run           # learn the domain; the model without its shared experts is the teacher
 step precompute $run      # or: store the teacher's view once ...
-step train-offline $run   # ... and train from the store, without any teacher in memory
+step train-offline $run --set max_steps=null   # ... and train on it once, with no teacher in memory
 step validate $run --model "${1:-runs/demo}/train"   # learned the domain? lost anything?
 step plot $run            # figures, and one page with everything: plot/report.html

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 README = Path(__file__).parents[2] / "README.md"
-DATA = "bundled-tool-calling,bundled-general"
+DATA = "bundled-general"
 READS_TEXT = {"collect", "train", "precompute", "validate"}
 SIZES = {
     "--target-tokens": "2000",
@@ -55,12 +55,12 @@ def substituted(line: str) -> list[str]:
     python = [sys.executable, "-m"]
     if two:
         # accelerate would start one process without a GPU; torchrun starts two anywhere
-        python += ["torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "-m"]
+        python += ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
     return [*python, "nexus_cli", *words]
 
 
 def test_the_table_has_every_command():
-    named = {re.sub(r"^.*nexus(_cli)? ", "", line).split()[0] for line in commands()}
+    named = {substituted(line)[substituted(line).index("nexus_cli") + 1] for line in commands()}
     assert named == {
         "collect", "pca", "convert", "train", "precompute", "train-offline", "validate", "plot",
     }  # fmt: skip

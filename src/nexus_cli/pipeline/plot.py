@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +28,12 @@ from nexus_cli.pipeline.stage import stage
 
 TRAININGS = ("train", "train-offline")
 PAGE = "report.html"
+COLUMNS = ("held-out text", "before", "after", "change")
+PERPLEXITIES = {
+    "domain_perplexity": "perplexity, domain",
+    "argument_value_perplexity": "perplexity, argument values of tool calls",
+    "general_perplexity": "perplexity, general",
+}
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +92,27 @@ def run(
         written = _draw(runs, report, config.smooth_window, out.directory)
         for path in written:
             out.add(path, f"nexus.figure/{path.suffix[1:]}")
-    console.result(f"{len(written) - 1} figures and {out.main}")
+    if report is not None:
+        _tell(report["summary"])
+    console.result(f"report: {out.main}\nfigures: {out.directory}/*.png ({_count_png(written)})")
+
+
+def _count_png(written: Sequence[Path]) -> int:
+    return sum(path.suffix == ".png" for path in written)
+
+
+def _tell(summary: Mapping[str, Any]) -> None:
+    """The few figures that say what was learned and what was lost."""
+    rows: list[tuple[str, str, str, str]] = []
+    for name, label in PERPLEXITIES.items():
+        if (pair := summary.get(name)) is not None:
+            change = f"{pair['model'] / pair['base'] - 1:+.1%}"
+            rows.append((label, f"{pair['base']:.3f}", f"{pair['model']:.3f}", change))
+    if summary.get("kl_to_base") is not None:
+        rows.append(("KL to the base, general text", "", f"{summary['kl_to_base']:.4f}", ""))
+    trained, total = summary["trained_parameters"], summary["total_parameters"]
+    rows.append(("trained parameters", "", f"{trained:,}", f"{trained / total:.2%} of all"))
+    console.result_table("What was learned, and what was kept", COLUMNS, rows)
 
 
 def _sources(config: PlotConfig, workspace: Workspace) -> list[_Source]:
