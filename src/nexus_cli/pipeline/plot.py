@@ -105,7 +105,8 @@ def _tell(summary: Mapping[str, Any]) -> None:
     """The few figures that say what was learned and what was lost."""
     rows: list[tuple[str, str, str, str]] = []
     for name, label in PERPLEXITIES.items():
-        if (pair := summary.get(name)) is not None:
+        pair = summary.get(name) or {}
+        if pair.get("base") is not None and pair.get("model") is not None:
             change = f"{pair['model'] / pair['base'] - 1:+.1%}"
             rows.append((label, f"{pair['base']:.3f}", f"{pair['model']:.3f}", change))
     if summary.get("kl_to_base") is not None:
