@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nexus_cli.errors import WorkspaceError
+from nexus_cli.errors import ResourceError, WorkspaceError
 
 
 @contextmanager
@@ -16,14 +16,27 @@ def exclusive(path: Path) -> Iterator[None]:
 
     Raises:
         WorkspaceError: another process holds it.
+        ResourceError: the folder cannot be written, or its file system knows no locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write in {path.parent}: {error.strerror}",
+            hint="use another --workspace or output path",
+        ) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise WorkspaceError(
                 f"{path.parent} is in use by another nexus process",
                 hint="wait for it to finish, or use another --workspace",
+            ) from error
+        except OSError as error:
+            raise ResourceError(
+                f"the file system of {path.parent} has no locks: {error.strerror}",
+                hint="use a --workspace on a local disk",
             ) from error
         yield

@@ -31,7 +31,12 @@ class Output(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Written last: a stage without one did not finish."""
+    """Written last: a stage without one did not finish.
+
+    ``inputs`` are digests by role. Those that were read from the same workspace are also in
+    ``sources``, as the :attr:`digest` that each stage's manifest had, so that a stage whose
+    source was made again is known to be stale.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,6 +45,7 @@ class Manifest(BaseModel):
     fingerprint: str
     config: dict[str, Any]
     inputs: dict[str, str]
+    sources: dict[str, str] = Field(default_factory=dict)
     outputs: dict[str, Output]
     main: str
     environment: dict[str, str] = Field(default_factory=dict)
@@ -54,13 +60,17 @@ class Manifest(BaseModel):
 
 
 def read(path: Path) -> Manifest | None:
-    """The manifest at ``path``, or ``None`` if the stage has not finished."""
+    """The manifest at ``path``, or ``None`` if the stage has not finished.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except FileNotFoundError:
         return None
     try:
-        return Manifest.model_validate_json(text)
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         raise ArtifactError(
             f"{path}: not a nexus.manifest/1 file", hint="run its stage again with --force"

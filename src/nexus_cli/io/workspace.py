@@ -34,7 +34,8 @@ class Workspace:
         """The manifest of a finished stage whose outputs are all there.
 
         Raises:
-            WorkspaceError: the stage has not finished, or lost an output.
+            WorkspaceError: the stage has not finished, lost an output, or is stale: something
+                that it was made from, however far back, was made again since.
         """
         found = self.find(stage)
         hint = f"run: nexus {stage} --workspace {self.root}"
@@ -42,4 +43,22 @@ class Workspace:
             raise WorkspaceError(f"{self.root} has no finished '{stage}' stage", hint=hint)
         if not manifest.is_whole(self.stage_dir(stage), found):
             raise WorkspaceError(f"{self.stage_dir(stage)} lost some of its files", hint=hint)
+        self._require_current(stage, found)
         return found
+
+    def _require_current(self, stage: str, found: Manifest) -> None:
+        """Refuse ``stage`` if one that it was made from has other content by now.
+
+        A source that was deleted, or did not finish again, says nothing about what was made
+        from it.
+        """
+        for source, digest in found.sources.items():
+            now = self.find(source)
+            if now is None:
+                continue
+            self._require_current(source, now)
+            if now.digest != digest:
+                raise WorkspaceError(
+                    f"{self.stage_dir(stage)} is stale: '{source}' was made again after it",
+                    hint=f"run: nexus {stage} --workspace {self.root} --force",
+                )

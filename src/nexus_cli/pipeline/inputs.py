@@ -12,10 +12,18 @@ from nexus_cli.io.workspace import Workspace
 
 @dataclass(frozen=True)
 class Artifact:
-    """Something that a stage reads, and the identity of its content."""
+    """Something that a stage reads, and the identity of its content.
+
+    Attributes:
+        path: the file or folder.
+        digest: of its content.
+        source: the stage of the workspace that wrote it and the digest of what that stage had
+            written then; ``None`` for a path that the user gave.
+    """
 
     path: Path
     digest: str
+    source: tuple[str, str] | None = None
 
 
 def stage_input(workspace: Workspace, stage: str, explicit: Path | None) -> Artifact:
@@ -27,7 +35,10 @@ def stage_input(workspace: Workspace, stage: str, explicit: Path | None) -> Arti
     if explicit is not None:
         return _from_path(explicit.expanduser(), stage)
     found = workspace.require(stage)
-    return Artifact(workspace.stage_dir(stage) / found.main, found.digest)
+    path = workspace.stage_dir(stage) / found.main
+    # A model's shards are linked to files that are not ours, so its content is looked at again.
+    digest = model_input(path).digest if (path / "config.json").is_file() else found.digest
+    return Artifact(path, digest, (stage, found.digest))
 
 
 def model_input(name: str | Path) -> Artifact:

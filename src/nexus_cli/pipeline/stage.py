@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nexus_cli.config.base import ConfigModel
-from nexus_cli.errors import WorkspaceError
+from nexus_cli.errors import NexusError, WorkspaceError
 from nexus_cli.io import lock, manifest
 from nexus_cli.io.hashing import sha256_json
 from nexus_cli.io.workspace import Workspace
@@ -92,7 +92,10 @@ def stage(
         whole_directory: the main artifact is the folder that everything is written to.
 
     Raises:
-        WorkspaceError: another process holds the stage, or it was made otherwise.
+        WorkspaceError: another process holds the stage, or it was made otherwise. Every rank
+            raises what the main one does.
+        ArtifactError: its manifest is damaged.
+        ResourceError: its folder cannot be written.
     """
     place = _place(name, workspace, main, output, whole_directory)
     is_main = world is None or world.is_main
@@ -102,11 +105,17 @@ def stage(
     started = manifest.now()
     with ExitStack() as held:
         current = False
+        refused: NexusError | None = None
         if is_main:
-            held.enter_context(lock.exclusive(place.lock))
-            current = _is_current(name, place, fingerprint, settings, digests, force=force)
+            try:
+                held.enter_context(lock.exclusive(place.lock))
+                current = _is_current(name, place, fingerprint, settings, digests, force=force)
+            except NexusError as error:
+                refused = error  # told to all: ranks that wait would die of a lost connection
         if world is not None:
-            current = world.broadcast_object(current)
+            current, refused = world.broadcast_object((current, refused))
+        if refused is not None:
+            raise refused
         if current:
             log.info("%s is up to date: %s", name, place.main)
             yield None
@@ -123,6 +132,7 @@ def stage(
                 fingerprint=fingerprint,
                 config=settings,
                 inputs=digests,
+                sources=dict(a.source for a in inputs.values() if a.source is not None),
                 outputs=written.files,
                 main=written.main.relative_to(place.directory).as_posix(),
                 environment=manifest.environment(),
@@ -157,8 +167,10 @@ def _is_current(
     *,
     force: bool,
 ) -> bool:
+    if force:
+        return False  # without a look at the manifest, which may be what is damaged
     previous = manifest.read(place.manifest)
-    if previous is None or force:
+    if previous is None:
         return False
     if previous.fingerprint == fingerprint:
         return manifest.is_whole(place.directory, previous)

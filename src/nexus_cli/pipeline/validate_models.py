@@ -71,7 +71,7 @@ def choose(config: ValidateConfig, workspace: Workspace) -> Choice:
 
     Raises:
         ConfigError: a name is no model folder.
-        WorkspaceError: no model was named, and the workspace has none.
+        WorkspaceError: no model was named, and the workspace has none, or a stale one.
         ArtifactError: a folder is damaged, or the two models do not go together.
     """
     model = _model(config, workspace)
@@ -102,15 +102,12 @@ def changes(choice: Choice) -> Changes | None:
 def _model(config: ValidateConfig, workspace: Workspace) -> Artifact:
     if config.checkpoint is not None:
         return model_input(_folder(config.checkpoint))
-    finished = [
-        (found, workspace.stage_dir(name) / found.main)
-        for name in TRAININGS
-        if (found := workspace.find(name)) is not None
-    ]
+    finished = {name: found for name in TRAININGS if (found := workspace.find(name)) is not None}
     if finished:
-        path = max(finished, key=lambda pair: _when(pair[0]))[1]
-    elif (converted := workspace.find("convert")) is not None:
-        path = workspace.stage_dir("convert") / converted.main
+        stage = max(finished, key=lambda name: _when(finished[name]))
+        path = workspace.stage_dir(stage) / workspace.require(stage).main
+    elif workspace.find("convert") is not None:
+        path = workspace.stage_dir("convert") / workspace.require("convert").main
     else:
         raise WorkspaceError(
             f"{workspace.root} has no trained and no converted model",

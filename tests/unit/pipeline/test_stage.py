@@ -3,7 +3,7 @@
 import pytest
 
 from nexus_cli.config.base import ConfigModel, RuntimeConfig
-from nexus_cli.errors import ArtifactError, WorkspaceError
+from nexus_cli.errors import ArtifactError, ResourceError, WorkspaceError
 from nexus_cli.io import lock, manifest
 from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline.inputs import Artifact, stage_input
@@ -128,3 +128,83 @@ def test_a_damaged_manifest_is_named(workspace):
     workspace.manifest_path("toy").write_text("{")
     with pytest.raises(ArtifactError, match=r"manifest\.json"):
         work(workspace)
+
+
+def test_force_makes_a_stage_with_a_damaged_manifest_again(workspace):
+    work(workspace)
+    workspace.manifest_path("toy").write_bytes(b"\xff\xfe")
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        work(workspace)
+    assert work(workspace, force=True)
+    assert not work(workspace)
+
+
+def follow(workspace, name, before, text, **options):
+    """Run a stage that reads the one before."""
+    inputs = {before: stage_input(workspace, before, None)}
+    with stage(name, Toy(), workspace, main="out.txt", inputs=inputs, **options) as out:
+        out.main.parent.mkdir(parents=True, exist_ok=True)
+        out.main.write_text(text)
+        out.add(out.main, format="text")
+
+
+def test_a_stage_whose_source_was_made_again_is_stale_however_far_back(workspace):
+    work(workspace)
+    follow(workspace, "second", "toy", "from done")
+    follow(workspace, "third", "second", "from from done")
+    work(workspace, force=True)
+    assert workspace.require("third")  # the same content again leaves nothing stale
+    work(workspace, text="other", force=True)
+    for late in ("second", "third"):
+        with pytest.raises(WorkspaceError, match="second is stale: 'toy' was made again") as caught:
+            stage_input(workspace, late, None)
+        assert "nexus second" in caught.value.hint
+    follow(workspace, "second", "toy", "from other", force=True)
+    with pytest.raises(WorkspaceError, match="third is stale: 'second'"):
+        stage_input(workspace, "third", None)
+
+
+def test_what_was_made_from_a_deleted_stage_can_still_be_used(workspace):
+    work(workspace)
+    follow(workspace, "second", "toy", "from done")
+    workspace.manifest_path("toy").unlink()
+    assert stage_input(workspace, "second", None).path.read_text() == "from done"
+
+
+class Follower:
+    """A rank that is told what the main one found."""
+
+    is_main = False
+
+    def __init__(self, told):
+        self.told = told
+
+    def broadcast_object(self, _):
+        return self.told
+
+    def barrier(self):
+        pass
+
+
+class Leader(Follower):
+    is_main = True
+
+    def broadcast_object(self, value):
+        self.told = value
+        return value
+
+
+def test_what_the_main_rank_refuses_every_rank_refuses(workspace):
+    work(workspace)
+    main = Leader(None)
+    with pytest.raises(WorkspaceError, match=r"\(size\)"):
+        work(workspace, Toy(size=2), world=main)
+    with pytest.raises(WorkspaceError, match=r"\(size\)") as caught:
+        work(workspace, Toy(size=2), world=Follower(main.told))
+    assert "--force" in caught.value.hint
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ResourceError, match="cannot write in"):
+        work(Workspace(tmp_path / "file"))

@@ -50,6 +50,8 @@ class Request:
         sources: names of the data sources.
         weights: what each source teaches.
         schedule: values of every step.
+        store_source: the stage that wrote the store, and the digest of it, if it is the
+            workspace's.
     """
 
     config: TrainConfig
@@ -63,6 +65,7 @@ class Request:
     sources: tuple[str, ...]
     weights: tuple[LossWeights, ...]
     schedule: Schedule
+    store_source: tuple[str, str] | None = None
 
     @property
     def command(self) -> str:
@@ -86,7 +89,9 @@ class Request:
         if self.teacher is not None:
             inputs["teacher"] = self.teacher
         if self.store is not None:
-            inputs["store"] = Artifact(self.store.path, self.store.manifest.digest)
+            inputs["store"] = Artifact(
+                self.store.path, self.store.manifest.digest, self.store_source
+            )
         return inputs
 
 
@@ -143,8 +148,11 @@ def offline_request(config: TrainConfig, workspace: Workspace, world_size: int) 
             hint="give --precomputed-teacher, or run: nexus train",
         )
     student, shape = _student(config, workspace)
+    path, store_source = config.teacher.store, None
+    if path is None:
+        path, store_source = _workspace_store(workspace)
     store = open_store(
-        config.teacher.store or _workspace_store(workspace),
+        path,
         vocab_size=shape.vocab_size,
         tokenizer=sha256_file(student.path / "tokenizer.json"),
         teacher=_base_of(student.path),
@@ -179,26 +187,28 @@ def offline_request(config: TrainConfig, workspace: Workspace, world_size: int) 
         sources=sources,
         weights=weights,
         schedule=schedule,
+        store_source=store_source,
     )
 
 
-def _workspace_store(workspace: Workspace) -> Path:
+def _workspace_store(workspace: Workspace) -> tuple[Path, tuple[str, str] | None]:
     """The store of the precompute stage; a whole one is of use even where the text ran out."""
     directory = workspace.stage_dir("precompute")
     if workspace.find("precompute") is None and (directory / STORE).is_file():
         log.warning("%s holds less than was asked for; training on what is there", directory)
-        return directory
-    return stage_input(workspace, "precompute", None).path
+        return directory, None
+    found = stage_input(workspace, "precompute", None)
+    return found.path, found.source
 
 
 def _student(config: TrainConfig, workspace: Workspace) -> tuple[Artifact, ModelShape]:
-    name = config.student or stage_input(workspace, "convert", None).path
-    student = model_input(name)
+    name = config.student
+    student = stage_input(workspace, "convert", None) if name is None else model_input(name)
     shape = model_dir.read_shape(student.path)
     if not shape.num_shared_experts:
         raise ConfigError(
             f"{student.path} has no shared expert to train",
-            hint=f"run: nexus convert --input {name} --output <folder>",
+            hint=f"run: nexus convert --input {student.path} --output <folder>",
         )
     return student, shape
 
