@@ -7,13 +7,14 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from nexus_cli.config.convert import ConvertConfig
 from nexus_cli.core.model.gpt_oss.export import NEXUS_SHARD, write_model_directory
 from nexus_cli.core.model.gpt_oss.loading import load_model
 from nexus_cli.core.model.gpt_oss.modeling_nexus_gpt_oss import dequantize_mxfp4
-from nexus_cli.errors import ArtifactError, ConfigError, WorkspaceError
+from nexus_cli.errors import ArtifactError, ConfigError, ResourceError, WorkspaceError
 from nexus_cli.io import model_dir
 from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline import convert
@@ -207,6 +208,21 @@ def test_a_trained_router_in_the_new_shard_wins_over_the_original(converted, tmp
     torch.testing.assert_close(torch.load(logits, weights_only=True), ours)
 
 
+def test_a_router_trained_before_stays_when_only_the_shared_expert_is_written(converted, tmp_path):
+    folder = converted(init_strategy="random")
+    name = "model.layers.0.mlp.router.weight"
+    shared = load_file(folder / NEXUS_SHARD)
+    router = {name: torch.full((8, 64), 0.5).bfloat16()}
+    write_model_directory(tmp_path / "first", folder, shared | router)
+    moved = {key: tensor + 1 for key, tensor in shared.items()}
+    write_model_directory(tmp_path / "second", tmp_path / "first", moved)
+    stored = load_file(tmp_path / "second" / NEXUS_SHARD)
+    assert stored.keys() == moved.keys() | router.keys()
+    model = load_model(tmp_path / "second").model.layers[0].mlp
+    assert (model.router.weight == 0.5).all()
+    assert model.shared_expert.output_gate == 1
+
+
 def test_no_shared_expert_is_a_model_like_the_base(converted):
     folder = converted(init_strategy="random", num_shared_experts=0)
     assert model_dir.read_shape(folder).num_shared_experts == 0
@@ -278,6 +294,21 @@ def test_a_failed_conversion_leaves_nothing(converted, monkeypatch, tmp_path):
         converted(init_strategy="random")
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*.tmp"))
+
+
+def test_a_full_disk_is_said_though_safetensors_raises_its_own_error(converted, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("nexus_cli.core.model.gpt_oss.export.save_file", full)
+    with pytest.raises(ResourceError, match=r"cannot write .*No space left"):
+        converted(init_strategy="random")
+
+
+def test_a_new_shard_is_as_readable_as_the_files_beside_it(converted):
+    folder = converted(init_strategy="random")
+    modes = {(folder / name).stat().st_mode for name in (NEXUS_SHARD, "config.json")}
+    assert len(modes) == 1
 
 
 def test_a_second_run_is_up_to_date_and_other_settings_need_force(converted):

@@ -17,11 +17,17 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; rename it to ``path`` if the block succeeds."""
+    """Yield a temporary path in the same folder; rename it to ``path`` if the block succeeds.
+
+    The file gets the permissions that the user's umask gives, whatever its writer set.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         _flush(temporary)
         temporary.replace(path)
     finally:
@@ -32,16 +38,23 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield an empty temporary folder beside ``path``; rename it over ``path`` at the end.
 
-    A folder already at ``path`` is replaced. If the block fails, ``path`` is as it was.
+    A folder already at ``path`` is replaced. If the block fails, ``path`` is as it was; if the
+    process is killed between the two renames of a replacement, the next call puts it back.
+    New files get the permissions that the user's umask gives: safetensors writes its own for
+    the owner alone. Files linked from elsewhere keep theirs.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _recover(path)
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
+        mode = temporary.stat().st_mode & 0o666
         for file in temporary.rglob("*"):
             if file.is_file():
+                if not file.is_symlink() and file.stat().st_nlink == 1:
+                    file.chmod(mode)
                 _flush(file)
         _replace_directory(temporary, path)
     finally:
@@ -53,11 +66,22 @@ def _replace_directory(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _aside(path)
     path.rename(old)
     new.rename(path)
     shutil.rmtree(old)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _recover(path: Path) -> None:
+    """Finish or undo a replacement that a kill cut short."""
+    old = _aside(path)
+    if old.is_dir() and not path.exists():
+        old.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _flush(file: Path) -> None:

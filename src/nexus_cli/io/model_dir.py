@@ -106,9 +106,8 @@ def read_shape(path: Path) -> ModelShape:
             intermediate_size=config["intermediate_size"],
             vocab_size=config["vocab_size"],
             num_shared_experts=config.get("num_shared_experts", 0),
-            shared_intermediate_size=config.get(
-                "shared_expert_intermediate_size", config["intermediate_size"]
-            ),
+            shared_intermediate_size=config.get("shared_expert_intermediate_size")
+            or config["intermediate_size"],
         )
     except KeyError as error:
         raise ArtifactError(f"{path / 'config.json'} has no {error}") from error
@@ -153,13 +152,14 @@ def read_header(shard: Path) -> dict[str, Any]:
         if not 2 <= length <= min(size - 8, 100_000_000):
             raise ArtifactError(f"{shard} is not a safetensors file, or is truncated")
         try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
+            header = dict(json.loads(file.read(length)))
+            spans = (v["data_offsets"] for k, v in header.items() if k != "__metadata__")
+            end = max((int(stop) for _, stop in spans), default=0)
+        except (ValueError, TypeError, KeyError) as error:
             raise ArtifactError(f"{shard} has a damaged header") from error
-    end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
     if size != 8 + length + end:
         raise ArtifactError(f"{shard} is truncated: {size} bytes of {8 + length + end}")
-    return dict(header)
+    return header
 
 
 def fingerprint(path: Path) -> str:

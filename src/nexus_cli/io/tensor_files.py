@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from nexus_cli.errors import ArtifactError
 from nexus_cli.io.model_dir import read_header, weight_map
 
 CHUNK = 2**24
@@ -76,6 +77,8 @@ class _Header:
             self.start = 8 + int(struct.unpack("<Q", file.read(8))[0])
 
     def tensor(self, key: str) -> Tensor:
+        if key not in self.entries:
+            raise ArtifactError(f"{self.shard} lacks the tensor {key} that its index lists")
         entry = self.entries[key]
         begin, end = (self.start + offset for offset in entry["data_offsets"])
         return Tensor(self.shard, begin, end, entry["dtype"], tuple(entry["shape"]))

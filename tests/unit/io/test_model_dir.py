@@ -82,3 +82,18 @@ def test_a_file_that_is_not_safetensors_is_named(copy, data):
     shard.write_bytes(data)
     with pytest.raises(ArtifactError, match="model-00001"):
         model_dir.read_header(shard)
+
+
+@pytest.mark.parametrize("header", [b"[1, 2]", b'{"a": 3}', b'{"a": {"dtype": "U8"}}', b"\xff\xff"])
+def test_a_header_of_another_form_is_damage(tmp_path, header):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ArtifactError, match="damaged header"):
+        model_dir.read_header(path)
+
+
+def test_a_width_of_null_is_the_routed_experts(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["shared_expert_intermediate_size"] = None
+    (copy / "config.json").write_text(json.dumps(config))
+    assert model_dir.read_shape(copy).shared_intermediate_size == config["intermediate_size"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from nexus_cli.errors import ArtifactError
 from nexus_cli.io import tensor_files
 
 
@@ -62,3 +64,11 @@ def test_parameters_are_counted_as_people_do(tmp_path: Path) -> None:
         weight=WEIGHT,
     )
     assert tensor_files.num_parameters(tensor_files.tensors(folder)) == 64 + 12
+
+
+def test_an_index_that_names_a_tensor_its_shard_lacks_is_refused(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", a=WEIGHT)
+    index = {"weight_map": {"a": "model.safetensors", "b": "model.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ArtifactError, match="lacks the tensor b"):
+        tensor_files.tensors(base)

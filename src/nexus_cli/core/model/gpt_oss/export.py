@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -54,8 +55,8 @@ def write_model_directory(
     Args:
         target: the new folder. A Nexus model already there is replaced.
         base: a GPT-OSS folder, or one that this function wrote.
-        tensors: the new shard. It also wins over tensors of the base of the same name, and
-            replaces the new shard of ``base`` whole.
+        tensors: the new shard. They win over tensors of the base of the same name. What else
+            the new shard of ``base`` holds, such as a router trained before, stays.
         shape: of the shared expert; the base's own by default.
         metadata: content of ``conversion_metadata.json``; the base's own by default.
         link: ``hard`` links (symbolic where those are refused, which is logged), or ``copy``.
@@ -63,7 +64,7 @@ def write_model_directory(
     Raises:
         ArtifactError: ``target`` holds something that is not a Nexus model, or the base's
             shards would win over the new one.
-        ResourceError: the disk is full.
+        ResourceError: the disk is full, or cannot be written.
     """
     _check_replaceable(target)
     kept = {key: name for key, name in model_dir.weight_map(base).items() if name != NEXUS_SHARD}
@@ -72,16 +73,18 @@ def write_model_directory(
     try:
         with atomic_directory(target) as folder:
             renamed = _place_shards(folder, base, sorted(set(kept.values())), link)
-            stored = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+            stored = {key: old for key, old in nexus_tensors(base).items() if key not in tensors}
+            stored |= {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
             if stored:
                 save_file(stored, folder / NEXUS_SHARD, metadata={"format": "pt"})
             placed = {key: renamed[name] for key, name in kept.items()}
             _write_index(folder, placed | dict.fromkeys(stored, NEXUS_SHARD))
             _write_config(folder, base, shape)
             _place_companions(folder, base, metadata)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error  # safetensors hides the system's error
         raise ResourceError(
-            f"cannot write {target}: {error.strerror or error}",
+            f"cannot write {target}: {reason}",
             hint="free some disk space, or choose another --output",
         ) from error
 
