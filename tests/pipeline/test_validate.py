@@ -193,6 +193,32 @@ def test_without_a_known_base_the_gates_speak_for_the_identity(
     assert report["summary"]["kl_to_base"] is None
 
 
+def test_against_itself_the_model_is_loaded_once_and_its_files_are_still_compared(
+    trained_dir: Path,
+    texts: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[Path] = []
+
+    def counting(path: Path, **how: object) -> object:
+        loaded.append(path)
+        return load_model(path, **how)
+
+    monkeypatch.setattr(validate, "load_model", counting)
+    settings = config(texts, checkpoint=str(trained_dir), baseline="self", general=None)
+    validate.run(settings, Workspace(tmp_path / "w"))
+    assert loaded == [trained_dir]
+    report = report_of(Workspace(tmp_path / "w"))
+    assert failed(report) == []
+    assert any("frozen tensors" in check["check"] for check in report["checks"])
+    capsys.readouterr()
+    validate.run(settings, Workspace(tmp_path / "v"), dry_run=True)
+    rows = [line for line in capsys.readouterr().out.splitlines() if "models in memory" in line]
+    assert "1" in rows[0]
+
+
 def test_a_trained_router_is_told_from_a_damaged_expert(
     trained_dir: Path, texts: dict[str, str], tmp_path: Path
 ) -> None:
@@ -325,7 +351,7 @@ def test_a_dry_run_says_what_and_whether_it_fits(
     assert "models in memory" in printed
     assert "domain.jsonl" in printed.replace("\n", "")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(validate_plan, "_free_memory", lambda _device: 1)
+    monkeypatch.setattr(validate_plan, "free_memory", lambda _device: 1)
     with pytest.raises(ResourceError, match="GiB are free"):
         validate.run(settings, Workspace(tmp_path), dry_run=True)
 

@@ -138,7 +138,7 @@ class TrainRuntime(RuntimeConfig):
     gradient_checkpointing: bool = Field(
         False, description="Compute layers again in the backward pass, to save memory."
     )
-    head_chunk: int = Field(1024, gt=0, description="Positions whose logits exist at one time.")
+    head_chunk: int = Field(256, gt=0, description="Positions whose logits exist at one time.")
 
     @field_validator("teacher_device")
     @classmethod

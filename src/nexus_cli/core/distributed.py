@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
+
+# The main rank reads and tokenises text alone while the others wait; by default they would give
+# up after ten minutes. A rank that dies still takes the others down at once, by its launcher.
+PATIENCE = timedelta(hours=12)
 
 
 class DeviceError(ValueError):
@@ -78,7 +83,7 @@ def open_world(device: str = "auto") -> World:
         DeviceError: ``device`` is not on this machine.
     """
     wanted = resolve_device(device)
-    state = PartialState(cpu=wanted.type == "cpu")
+    state = PartialState(cpu=wanted.type == "cpu", timeout=PATIENCE)
     here = resolve_device(
         wanted.type if state.num_processes > 1 else str(wanted),
         local_rank=state.local_process_index,

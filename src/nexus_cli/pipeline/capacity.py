@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nexus_cli.errors import ResourceError
-from nexus_cli.io import model_dir
+from nexus_cli.io import model_dir, tensor_files
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -36,19 +36,21 @@ def free_disk(path: Path) -> int:
 
 def weight_bytes(model: Path, dtype: torch.dtype) -> int:
     """Memory of a model's weights: packed experts as they are, the rest in ``dtype``."""
-    packed = values = 0
-    files = model_dir.weight_map(model)
-    for shard in sorted(set(files.values())):
-        for name, tensor in model_dir.read_header(model / shard).items():
-            if files.get(name) != shard:
-                continue
-            start, end = tensor["data_offsets"]
-            if tensor["dtype"] == "U8":
-                packed += end - start
-            else:
-                width = 4 if tensor["dtype"] == "F32" else 2
-                values += (end - start) // width
-    return packed + values * dtype.itemsize
+    found = tensor_files.tensors(model).values()
+    return sum(t.size * (1 if t.dtype == "U8" else dtype.itemsize) for t in found)
+
+
+def forward_bytes(model: Path, sequences: int, length: int, dtype: torch.dtype) -> int:
+    """Peak of one layer's forward pass beside its weights; an estimate.
+
+    Attention and experts do not peak together. Eager attention holds its scores
+    ``[sequences, heads, length, length]`` whole, and about four copies of them.
+    """
+    shape, heads = model_dir.read_shape(model), model_dir.read_config(model)["num_attention_heads"]
+    attention = 4 * int(heads) * length
+    experts = 4 * shape.top_k * (shape.intermediate_size + shape.hidden_size)
+    a_token = 12 * shape.hidden_size + max(attention, experts)
+    return sequences * length * a_token * dtype.itemsize
 
 
 @contextmanager

@@ -10,7 +10,13 @@ from nexus_cli.errors import ResourceError
 from nexus_cli.io import console
 from nexus_cli.io.model_dir import ModelShape
 from nexus_cli.io.workspace import Workspace
-from nexus_cli.pipeline.capacity import free_disk, free_memory, gib, weight_bytes
+from nexus_cli.pipeline.capacity import (
+    forward_bytes,
+    free_disk,
+    free_memory,
+    gib,
+    weight_bytes,
+)
 from nexus_cli.pipeline.inputs import Artifact
 from nexus_cli.pipeline.text import describe_sources
 from nexus_cli.pipeline.world import open_world
@@ -28,7 +34,7 @@ def describe(
     sources = describe_sources(config.data, default_split="train")
     world = open_world(config.runtime.device)
     dtype = frozen_dtype(config.dtype, world.device)
-    memory = weight_bytes(model.path, dtype) + _working_bytes(config, shape, dtype)
+    memory = weight_bytes(model.path, dtype) + _working_bytes(config, model, shape, dtype)
     disk = _statistics_bytes(config, shape) * (world.size + 1)  # and each rank's partial ones
     memory_left = free_memory(world.device)
     target = config.output or workspace.stage_dir("collect") / "router_probs.npz"
@@ -57,14 +63,16 @@ def describe(
         raise ResourceError(f"{target} has no room for {gib(disk)}", hint="use another --output")
 
 
-def _working_bytes(config: CollectConfig, shape: ModelShape, dtype: torch.dtype) -> int:
+def _working_bytes(
+    config: CollectConfig, model: Artifact, shape: ModelShape, dtype: torch.dtype
+) -> int:
     """Activations of one layer, every layer's router logits, and the sums in float64."""
     tokens = config.runtime.batch_size * config.max_seq_length
-    wide = 12 * shape.hidden_size + 4 * shape.top_k * shape.intermediate_size
+    layer = forward_bytes(model.path, config.runtime.batch_size, config.max_seq_length, dtype)
     logits = tokens * shape.num_layers * shape.num_experts
     expert = 3 * shape.hidden_size * shape.intermediate_size * shape.num_experts
     sums = 2 * shape.num_layers * shape.num_experts * (shape.num_experts + 4) * 8
-    return (tokens * wide + logits + expert) * dtype.itemsize + sums
+    return layer + (logits + expert) * dtype.itemsize + sums
 
 
 def _statistics_bytes(config: CollectConfig, shape: ModelShape) -> int:

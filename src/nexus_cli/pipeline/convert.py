@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from nexus_cli.io import console, manifest, model_dir
 from nexus_cli.io.model_dir import ModelShape
 from nexus_cli.io.pca_stats import PcaStats, load_pca_stats
 from nexus_cli.io.workspace import Workspace
+from nexus_cli.pipeline.capacity import free_disk, gib
 from nexus_cli.pipeline.inputs import Artifact, model_input, stage_input
 from nexus_cli.pipeline.stage import stage
 
@@ -184,15 +185,16 @@ def _describe(
     config: ConvertConfig, workspace: Workspace, model: Artifact, shape: ModelShape
 ) -> None:
     """What would be written, and whether the disk holds it."""
-    added = 0
-    if config.num_shared_experts:
-        width, hidden = _width(config, shape), shape.hidden_size
-        added = shape.num_layers * (3 * width * hidden + 2 * width + hidden + 1)
+    added = replace(
+        shape,
+        num_shared_experts=config.num_shared_experts,
+        shared_intermediate_size=_width(config, shape),
+    ).shared_parameters
     shards = {model.path / name for name in model_dir.weight_map(model.path).values()}
     base_bytes = sum(shard.stat().st_size for shard in shards)
     needed = added * BYTES_PER_WEIGHT + (base_bytes if config.copy_shards else 0)
     target = config.output or workspace.stage_dir("convert") / "model"
-    free = _free_bytes(target)
+    free = free_disk(target)
     console.result_table(
         "nexus convert would",
         ("what", "value"),
@@ -201,19 +203,13 @@ def _describe(
             ("layers x experts", f"{shape.num_layers} x {shape.num_experts}"),
             ("start the shared expert", f"{config.init_strategy}, {config.start}"),
             ("add parameters", f"{added:,}"),
-            ("link" if not config.copy_shards else "copy", f"{base_bytes / 2**30:.2f} GiB"),
-            ("write", f"{needed / 2**30:.3f} GiB of {free / 2**30:.1f} GiB free"),
+            ("link" if not config.copy_shards else "copy", gib(base_bytes)),
+            ("write", f"{gib(needed)} of {gib(free)} free"),
             ("to", target),
         ],
     )
     if needed > free:
-        raise ResourceError(f"{target} has no room for {needed / 2**30:.1f} GiB")
-
-
-def _free_bytes(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+        raise ResourceError(f"{target} has no room for {gib(needed)}", hint="use another --output")
 
 
 def _report(folder: Path, shape: ModelShape, tensors: Mapping[str, Tensor]) -> None:

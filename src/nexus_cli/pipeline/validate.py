@@ -137,13 +137,14 @@ def _subjects(
 ) -> Iterator[tuple[Subject, Subject]]:
     """Load what is compared, running the check of the switched-off model on the way.
 
-    A base whose every tensor is in the model too needs no second copy: with its shared
-    experts off the model is that base, which the check has just shown.
+    Against ``self`` the base is not loaded, and the check is one of closed gates. A base whose
+    every tensor is in the model too is dropped after the check: with its shared experts off
+    the model is that base, which the check has just shown.
     """
     model = load_model(choice.model.path, device=world.device, dtype=dtype)
     base = None
-    if choice.base is not None:
-        base = load_model(choice.base.path, device=world.device, dtype=dtype)
+    if choice.loaded_base is not None:
+        base = load_model(choice.loaded_base.path, device=world.device, dtype=dtype)
     checks += switched_off(model, base, found, seed=config.seed, device=world.device)
     off = Subject(model, shared_experts=False)
     if choice.kind == "self":

@@ -47,6 +47,11 @@ class Choice:
     reason: str
 
     @property
+    def loaded_base(self) -> Artifact | None:
+        """The base, where it is loaded beside the model: ``self`` is asked to save that copy."""
+        return None if self.kind == "self" else self.base
+
+    @property
     def inputs(self) -> dict[str, Artifact]:
         """What the report depends on."""
         known = {"model": self.model, "base": self.base, "baseline": self.baseline}

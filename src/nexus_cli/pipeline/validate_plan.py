@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import torch
 
 from nexus_cli.config.validate import ValidateConfig
@@ -12,15 +9,13 @@ from nexus_cli.core.distributed import DeviceError, resolve_device
 from nexus_cli.core.evaluate.perplexity import LOGITS_IN_A_CHUNK
 from nexus_cli.core.train.precision import frozen_dtype
 from nexus_cli.errors import ResourceError
-from nexus_cli.io import console, model_dir, tensor_files
+from nexus_cli.io import console, model_dir
 from nexus_cli.io.report import FILENAME
 from nexus_cli.io.workspace import Workspace
-from nexus_cli.pipeline.inputs import Artifact
+from nexus_cli.pipeline.capacity import forward_bytes, free_memory, gib, weight_bytes
 from nexus_cli.pipeline.text import describe_sources
 from nexus_cli.pipeline.validate_models import Choice
 
-GIB = 2**30
-MEMINFO = Path("/proc/meminfo")
 LOGIT_BUFFERS = 8  # of the model and of the baseline, and what their comparison makes of them
 
 
@@ -38,10 +33,11 @@ def describe(
         raise ResourceError(str(error), hint="name another with --device, or use auto") from error
     dtype = frozen_dtype(config.dtype, device)
     # The base is loaded for the identity check even where the comparison needs one copy.
-    copies = [choice.model, *{a.path: a for a in (choice.base, choice.baseline) if a}.values()]
-    needed = sum(_weights(artifact, dtype) for artifact in copies[:2])
+    others = {a.path: a for a in (choice.loaded_base, choice.baseline) if a}
+    copies = [choice.model, *others.values()]
+    needed = sum(weight_bytes(artifact.path, dtype) for artifact in copies[:2])
     needed += _activations(config, choice, dtype)
-    free = _free_memory(device)
+    free = free_memory(device)
     rows: list[tuple[str, object]] = [
         ("model", choice.model.path),
         ("baseline", choice.reason),
@@ -54,40 +50,22 @@ def describe(
         rows.append(("windows", f"{config.window} tokens, stride {config.stride}"))
     rows += [
         ("models in memory", min(len(copies), 2)),
-        ("memory", f"about {needed / GIB:.2f} GiB of {free / GIB:.2f} GiB free"),
+        ("memory", f"about {gib(needed)} of {gib(free)} free"),
         ("report", config.output or workspace.stage_dir("validate") / FILENAME),
         ("fits", "yes" if needed < free else "no"),
     ]
     console.result_table("nexus validate would run", ("what", "value"), rows)
     if needed >= free:
         raise ResourceError(
-            f"validation needs about {needed / GIB:.1f} GiB and {free / GIB:.1f} GiB are free",
+            f"validation needs about {gib(needed)} and {gib(free)} are free",
             hint="lower runtime.batch_size or window, or use --baseline self: one copy in memory",
         )
 
 
-def _weights(artifact: Artifact, dtype: torch.dtype) -> int:
-    """Bytes of a loaded model: packed experts as they are, everything else in ``dtype``."""
-    return sum(
-        tensor.size * (1 if tensor.dtype == "U8" else dtype.itemsize)
-        for tensor in tensor_files.tensors(artifact.path).values()
-    )
-
-
 def _activations(config: ValidateConfig, choice: Choice, dtype: torch.dtype) -> int:
-    """Logits of a chunk, and the widest hidden tensors of a batch (routed rows, gate and up)."""
+    """Logits of a chunk, and the forward pass of a batch."""
     shape = model_dir.read_shape(choice.model.path)
-    rows = config.runtime.batch_size * config.window * shape.top_k
-    widest = rows * (2 * shape.intermediate_size + 2 * shape.hidden_size)
     logits = LOGIT_BUFFERS * 4 * max(LOGITS_IN_A_CHUNK, shape.vocab_size)
-    return logits + 2 * widest * dtype.itemsize
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if MEMINFO.is_file():  # counts the page cache as free, which sysconf does not
-        for line in MEMINFO.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return logits + forward_bytes(
+        choice.model.path, config.runtime.batch_size, config.window, dtype
+    )

@@ -27,7 +27,7 @@ class HeldOut:
 
     sources: Sequence[str]
     batches: Sequence[Batch]
-    chunk_size: int = 1024
+    chunk_size: int = 256
 
 
 @torch.no_grad()

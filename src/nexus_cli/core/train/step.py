@@ -54,7 +54,7 @@ class Objective:
     router_z: float = 0.0
     router_temperature: float = 1.0
     top_k: int = 4
-    chunk_size: int = 1024
+    chunk_size: int = 256
 
     @property
     def teaches_router(self) -> bool:

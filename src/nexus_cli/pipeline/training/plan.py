@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,8 @@ import torch
 from nexus_cli.core.model.gpt_oss.surgery import ROUTER, SHARED_EXPERT
 from nexus_cli.core.train.precision import frozen_dtype
 from nexus_cli.errors import ResourceError
-from nexus_cli.io import console, model_dir
+from nexus_cli.io import console, model_dir, tensor_files
+from nexus_cli.io.tensor_files import Tensor
 from nexus_cli.pipeline.capacity import free_disk, free_memory, gib
 from nexus_cli.pipeline.training.request import Request
 
@@ -48,7 +47,7 @@ def describe(request: Request, directory: Path, device: torch.device) -> None:
     Raises:
         ResourceError: memory or disk do not suffice.
     """
-    tensors = _tensors(request.student.path)
+    tensors = tensor_files.tensors(request.student.path)
     trained = count_trained(tensors, train_router=request.config.router_trains)
     memory = estimate_memory(request, tensors, sum(trained.values()), device)
     disk = checkpoint_bytes(sum(trained.values()), request.config.runtime.keep_last)
@@ -116,38 +115,28 @@ def _work(request: Request, directory: Path) -> list[tuple[str, object]]:
     return [*rows, ("write to", directory)]
 
 
-def _tensors(model: Path) -> dict[str, dict[str, Any]]:
-    """Header of every tensor of the model that counts (the new shard's wins)."""
-    found: dict[str, dict[str, Any]] = {}
-    files = model_dir.weight_map(model)
-    headers = {name: model_dir.read_header(model / name) for name in set(files.values())}
-    for key, name in files.items():
-        found[key] = headers[name][key]
-    return found
-
-
-def count_trained(tensors: dict[str, dict[str, Any]], *, train_router: bool) -> dict[str, int]:
+def count_trained(tensors: dict[str, Tensor], *, train_router: bool) -> dict[str, int]:
     """Parameters that would train, by group."""
     counts = {"shared experts": 0, "gates": 0} | ({"routers": 0} if train_router else {})
-    for name, header in tensors.items():
+    for name, tensor in tensors.items():
         if name.endswith("output_gate"):
-            counts["gates"] += _numel(header["shape"])
+            counts["gates"] += tensor.size
         elif SHARED_EXPERT.fullmatch(name):
-            counts["shared experts"] += _numel(header["shape"])
+            counts["shared experts"] += tensor.size
         elif train_router and ROUTER.fullmatch(name):
-            counts["routers"] += _numel(header["shape"])
+            counts["routers"] += tensor.size
     return counts
 
 
 def estimate_memory(
-    request: Request, tensors: dict[str, dict[str, Any]], trained: int, device: torch.device
+    request: Request, tensors: dict[str, Tensor], trained: int, device: torch.device
 ) -> Memory:
     """Bytes that a run takes on the student's device."""
     config = request.config
     wide = torch.finfo(frozen_dtype(config.dtype, device)).bits // 8
     weights = sum(
-        _numel(header["shape"]) * (1 if header["dtype"] == "U8" else wide)
-        for name, header in tensors.items()
+        tensor.size * (1 if tensor.dtype == "U8" else wide)
+        for name, tensor in tensors.items()
         if not SHARED_EXPERT.fullmatch(name)
     )
     copies = 4 + (1 if config.averaging.every else 0)  # master, gradient, two moments, anchor
@@ -157,8 +146,9 @@ def estimate_memory(
     kept = _layer_bytes(request, model, wide) * positions
     if config.runtime.gradient_checkpointing:
         kept += (layers - 1) * positions * request.shape.hidden_size * wide
+        kept += wide * trained // layers  # masters as they are cast on use
     else:
-        kept *= layers
+        kept = kept * layers + wide * trained
     chunk = min(config.runtime.head_chunk, positions)
     head = LOGIT_BUFFERS * 4 * chunk * request.shape.vocab_size
     head += 2 * positions * request.shape.hidden_size * wide
@@ -179,7 +169,3 @@ def _layer_bytes(request: Request, model: dict[str, Any], wide: int) -> int:
 def checkpoint_bytes(trained: int, keep_last: int) -> int:
     """Disk for the kept checkpoints: bf16 tensors, and fp32 state in the newest two."""
     return keep_last * 2 * trained + min(keep_last, 2) * 12 * trained
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return math.prod(shape)
