@@ -333,6 +333,22 @@ def test_other_ranks_wait_and_map_what_rank_0_made(mixture, tmp_path):
     assert isinstance(followed.blocks.input_ids_NS.base, np.memmap)
 
 
+def test_ranks_do_not_wait_for_one_that_failed(tmp_path):
+    (tmp_path / "bad.jsonl").write_text("{}")
+    data = TextData(sources=f"{tmp_path / 'bad.jsonl'}@all", seq_len=16)
+    waited = []
+
+    def load(world):
+        with pytest.raises(ArtifactError, match=r"bad\.jsonl"):
+            load_blocks(
+                data, MODEL, default_split="train", cache_dir=tmp_path / "cache", world=world
+            )
+
+    load(FakeWorld(is_main=True, meanwhile=lambda: waited.append(0)))
+    load(FakeWorld(is_main=False, meanwhile=lambda: waited.append(1)))
+    assert waited == [0, 1]
+
+
 def test_a_bad_tokenizer_folder_is_an_artifact_error(mixture, tmp_path):
     with pytest.raises(ArtifactError, match=r"tokenizer\.json"):
         load_tokenized(mixture, tmp_path, default_split="train")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
+
+from nexus_cli.errors import NexusError
+
+ResultT = TypeVar("ResultT")
 
 # The main rank reads and tokenises text alone while the others wait; by default they would give
 # up after ten minutes. A rank that dies still takes the others down at once, by its launcher.
@@ -46,6 +51,24 @@ class World:
         held = [value]
         broadcast_object_list(held, from_process=0)
         return held[0]
+
+    def from_main(self, make: Callable[[], ResultT]) -> ResultT:
+        """What ``make`` gives at rank 0, on every rank; a :class:`NexusError` of it likewise.
+
+        Ranks that only waited for a failed one would die of a lost connection, with a traceback
+        that buries what was wrong.
+        """
+        outcome: tuple[ResultT | None, NexusError | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (make(), None)
+            except NexusError as error:
+                outcome = (None, error)
+        made, failed = self.broadcast_object(outcome)
+        if failed is not None:
+            raise failed
+        result: ResultT = made
+        return result
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's ``value``, in the order of the ranks."""

@@ -55,7 +55,13 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """Identity of the outputs' contents, whatever settings made them."""
+        """Identity of what the next stage reads, whatever settings made it.
+
+        The main output's content; all outputs' where the main one is the folder around them.
+        Reports and plots that lie beside it carry times and leave nothing stale.
+        """
+        if self.main in self.outputs:
+            return self.outputs[self.main].sha256
         return sha256_json({name: output.sha256 for name, output in self.outputs.items()})
 
 

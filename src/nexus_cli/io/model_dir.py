@@ -56,9 +56,14 @@ def resolve_model(name: str | Path) -> Path:
             f"there is no model folder {path}",
             hint="give the path of a downloaded GPT-OSS checkpoint, or the word 'embedded'",
         )
-    if not (path / "config.json").is_file():
+    if not is_model(path):
         raise ConfigError(f"{path} has no config.json, so it is not a model folder")
     return path.resolve()
+
+
+def is_model(path: Path) -> bool:
+    """Whether ``path`` is a model folder by its ``config.json``; nothing in it is read."""
+    return (path / "config.json").is_file()
 
 
 def read_config(path: Path) -> dict[str, Any]:

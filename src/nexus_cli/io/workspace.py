@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nexus_cli.errors import WorkspaceError
-from nexus_cli.io import manifest
+from nexus_cli.io import manifest, model_dir
 from nexus_cli.io.manifest import Manifest
 
 DEFAULT_ROOT = Path("runs/default")
@@ -46,6 +46,15 @@ class Workspace:
         self._require_current(stage, found)
         return found
 
+    def digest(self, stage: str, found: Manifest) -> str:
+        """Identity of what ``stage`` wrote, by its manifest ``found``.
+
+        A model is looked at again: its shards are linked to files that are not ours, and notes
+        beside them do not make it another model.
+        """
+        path = self.stage_dir(stage) / found.main
+        return model_dir.fingerprint(path) if model_dir.is_model(path) else found.digest
+
     def _require_current(self, stage: str, found: Manifest) -> None:
         """Refuse ``stage`` if one that it was made from has other content by now.
 
@@ -54,10 +63,10 @@ class Workspace:
         """
         for source, digest in found.sources.items():
             now = self.find(source)
-            if now is None:
+            if now is None or not manifest.is_whole(self.stage_dir(source), now):
                 continue
             self._require_current(source, now)
-            if now.digest != digest:
+            if self.digest(source, now) != digest:
                 raise WorkspaceError(
                     f"{self.stage_dir(stage)} is stale: '{source}' was made again after it",
                     hint=f"run: nexus {stage} --workspace {self.root} --force",

@@ -87,9 +87,7 @@ def run(
 
 def _collect(job: _Job, out: StageOutput) -> PartialStatistics:
     world = job.world
-    plan: CollectPlan = world.broadcast_object(
-        make_plan(job.config, job.model, job.shape) if world.is_main else None
-    )
+    plan = world.from_main(lambda: make_plan(job.config, job.model, job.shape))
     if job.shape.num_shared_experts:
         log.info("%s has a shared expert; it runs as it is, shared expert included", job.model.path)
     folder = out.main.with_name(f".{out.main.name}.partial")

@@ -35,10 +35,8 @@ def stage_input(workspace: Workspace, stage: str, explicit: Path | None) -> Arti
     if explicit is not None:
         return _from_path(explicit.expanduser(), stage)
     found = workspace.require(stage)
-    path = workspace.stage_dir(stage) / found.main
-    # A model's shards are linked to files that are not ours, so its content is looked at again.
-    digest = model_input(path).digest if (path / "config.json").is_file() else found.digest
-    return Artifact(path, digest, (stage, found.digest))
+    digest = workspace.digest(stage, found)
+    return Artifact(workspace.stage_dir(stage) / found.main, digest, (stage, digest))
 
 
 def model_input(name: str | Path) -> Artifact:
@@ -51,6 +49,6 @@ def model_input(name: str | Path) -> Artifact:
 def _from_path(path: Path, stage: str) -> Artifact:
     if not path.exists():
         raise WorkspaceError(f"{path} does not exist", hint=f"nexus {stage} writes it")
-    if (path / "config.json").is_file():
+    if model_dir.is_model(path):
         return model_input(path)
     return Artifact(path, manifest.describe(path, "input").sha256)

@@ -104,9 +104,7 @@ def _write_store(
     order_N = _order(config, text.blocks)
     plan = _plan(config, teacher, shape, text, order_N, world)
     writer = StoreWriter(out.directory, plan)
-    if world.is_main:
-        writer.prepare(force=force)
-    world.barrier()
+    world.from_main(lambda: writer.prepare(force=force))
     records = _write_shards(config, teacher, text.blocks, order_N, writer, world)
     gathered = world.gather_objects(records)
     if world.is_main:

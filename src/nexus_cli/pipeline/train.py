@@ -22,7 +22,7 @@ from nexus_cli.core.train.precision import frozen_dtype
 from nexus_cli.core.train.ranks import wrap_for_ranks
 from nexus_cli.core.train.signals import StopRequest
 from nexus_cli.core.train.state import restore, restore_rng
-from nexus_cli.errors import ArtifactError, Interrupted, NexusError, ResourceError
+from nexus_cli.errors import ArtifactError, Interrupted, ResourceError
 from nexus_cli.io import console, manifest
 from nexus_cli.io.metrics import FILENAME, MetricsWriter
 from nexus_cli.io.workspace import Workspace
@@ -187,17 +187,11 @@ def _agree_on_start(
     request: Request, directory: Path, mine: Mapping[str, Any], world: World, *, force: bool
 ) -> Checkpoint | None:
     """The main rank chooses, since it may have to clear the folder; all ranks learn of it."""
-    chosen: Checkpoint | NexusError | None = None
     if world.is_main:
         directory.mkdir(parents=True, exist_ok=True)
-        try:
-            chosen = choose_start(directory, request.config.runtime.resume, mine, force=force)
-        except NexusError as error:
-            chosen = error
-    chosen = world.broadcast_object(chosen)
-    if isinstance(chosen, NexusError):
-        raise chosen
-    return chosen
+    return world.from_main(
+        lambda: choose_start(directory, request.config.runtime.resume, mine, force=force)
+    )
 
 
 def _start_record(

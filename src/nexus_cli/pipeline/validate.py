@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -98,11 +99,11 @@ def _check(
     ) as out:
         path = config.output or workspace.stage_dir("validate") / FILENAME
         if out is not None:
-            report = _report(config, choice, world)
+            made = _report(config, choice, world)
             if world.is_main:
-                write_report(out.main, report)
+                write_report(out.main, made)
                 out.add(out.main, format=FORMAT)
-    report = world.broadcast_object(read_report(path) if world.is_main else None)
+    report: dict[str, Any] = world.from_main(lambda: read_report(path))
     if as_json:
         console.result(to_json(report).rstrip())
     else:
@@ -169,16 +170,15 @@ def _score(
     world: World,
 ) -> tuple[TextResult, dict[str, object]]:
     """One text: windows shared out over the ranks, sums of all of them."""
-    loaded = None
-    if world.is_main:
-        loaded = load_tokenized(
+    loaded = world.from_main(
+        lambda: load_tokenized(
             text,
             choice.model.path,
             default_split="held-out",
             max_documents=config.max_documents,
             num_processes=config.runtime.num_processes,
         )
-    loaded = world.broadcast_object(loaded)
+    )
     documents = [_without_end(d, config.score_end, loaded.pad_id) for d in loaded.documents]
     model, baseline = subjects
     groups = batches(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from nexus_cli.config.validate import SELF, ValidateConfig
 from nexus_cli.core.model.gpt_oss.export import METADATA
+from nexus_cli.core.model.gpt_oss.surgery import ROUTER
 from nexus_cli.core.train.checkpoints import find_checkpoints
 from nexus_cli.errors import ArtifactError, ConfigError, WorkspaceError
 from nexus_cli.io import model_dir, tensor_files
@@ -19,7 +19,6 @@ from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline.inputs import Artifact, model_input
 
 TRAININGS = ("train", "train-offline")
-ROUTER = re.compile(r"model\.layers\.\d+\.mlp\.router\.(weight|bias)")
 
 log = logging.getLogger(__name__)
 
@@ -130,17 +129,13 @@ def _when(found: Manifest) -> str:
 def _folder(name: str) -> Path:
     """A model folder, or the newest checkpoint of a training's folder."""
     path = Path(name).expanduser()
-    if not _is_model(path) and find_checkpoints(path):
+    if not model_dir.is_model(path) and find_checkpoints(path):
         return _newest_checkpoint(path)
     return model_dir.resolve_model(name)
 
 
-def _is_model(path: Path) -> bool:
-    return (path / "config.json").is_file()
-
-
 def _newest_checkpoint(path: Path) -> Path:
-    if _is_model(path):
+    if model_dir.is_model(path):
         return path
     found = find_checkpoints(path)
     if not found:
@@ -163,7 +158,7 @@ def _base_of(model: Artifact) -> Artifact | None:
         raise ArtifactError(
             f"{place} does not name the model's base", hint="convert the model again"
         ) from error
-    if not _is_model(path):
+    if not model_dir.is_model(path):
         log.warning("the base %s is not there: not comparing with it", path)
         return None
     found = model_input(path)

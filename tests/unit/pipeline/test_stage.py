@@ -1,5 +1,8 @@
 """Lock, skip, refuse, commit: what every stage can rely on."""
 
+import os
+import shutil
+
 import pytest
 
 from nexus_cli.config.base import ConfigModel, RuntimeConfig
@@ -208,3 +211,33 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ResourceError, match="cannot write in"):
         work(Workspace(tmp_path / "file"))
+
+
+def test_notes_beside_the_main_output_leave_nothing_stale(workspace):
+    def first(note, **options):
+        with stage("toy", Toy(), workspace, main="out.txt", inputs={}, **options) as out:
+            for name, text in (("out.txt", "done"), ("note.txt", note)):
+                (out.directory / name).write_text(text)
+                out.add(out.directory / name, format="text")
+
+    first("took 3 s")
+    follow(workspace, "second", "toy", "from done")
+    first("took 4 s", force=True)
+    assert stage_input(workspace, "second", None)
+    main = stage_input(workspace, "toy", None)
+    assert stage_input(workspace, "toy", main.path).digest == main.digest
+
+
+def test_a_model_that_changed_under_its_link_is_another_input(workspace, make_tiny_model, tmp_path):
+    base = make_tiny_model(tmp_path / "base")
+    with stage("toy", Toy(), workspace, main="model", inputs={}) as out:
+        shutil.copytree(base, out.main, copy_function=os.link)
+        out.add(out.main, format="nexus.model/1")
+    before = stage_input(workspace, "toy", None)
+    assert stage_input(workspace, "toy", before.path).digest == before.digest
+    shard = base / "model-00001-of-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-4096:] = bytes(4096)
+    with shard.open("r+b") as file:
+        file.write(content)
+    assert stage_input(workspace, "toy", None).digest != before.digest

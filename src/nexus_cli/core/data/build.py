@@ -17,6 +17,7 @@ from nexus_cli.core.data.cache import (
     read_entry,
     write_entry,
 )
+from nexus_cli.core.data.errors import DataError
 from nexus_cli.core.data.reader import SourceSpec
 from nexus_cli.core.data.report import DataReport
 from nexus_cli.io.atomic import atomic_directory
@@ -71,7 +72,12 @@ def build_through_cache(recipe: Recipe, cache_dir: Path, world: World | None) ->
     follows = world is not None and not world.is_main
     if world is not None and follows:
         world.barrier()
-    built = read_entry(folder, verify=not follows) or _make_entry(recipe, folder)
+    try:
+        built = read_entry(folder, verify=not follows) or _make_entry(recipe, folder)
+    except DataError:
+        if world is not None and not follows:
+            world.barrier()  # the others find no entry, try it, and say the same
+        raise
     if world is not None and not follows:
         world.barrier()
     return built

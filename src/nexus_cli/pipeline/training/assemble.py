@@ -18,7 +18,7 @@ from nexus_cli.core.distill.self_teacher import SelfTeacher, frozen_routers
 from nexus_cli.core.distill.store_teacher import StoreTeacher
 from nexus_cli.core.distill.teacher import Teacher
 from nexus_cli.core.distributed import World
-from nexus_cli.core.model.gpt_oss.export import write_model_directory
+from nexus_cli.core.model.gpt_oss.export import original_routers, write_model_directory
 from nexus_cli.core.model.gpt_oss.loading import load_model
 from nexus_cli.core.model.gpt_oss.surgery import trainable_names
 from nexus_cli.core.train.checkpoints import save_checkpoint
@@ -67,7 +67,10 @@ def load_models(request: Request, world: World, teacher_device: torch.device) ->
     config = request.config
     dtype = frozen_dtype(config.dtype, world.device)
     student = load_model(request.student.path, device=world.device, dtype=dtype)
-    routers = frozen_routers(student) if config.router_trains else {}
+    trained = original_routers(request.student.path)  # a student may be a checkpoint
+    routers = frozen_routers(student) if config.router_trains or trained else {}
+    for name, tensor in trained.items():
+        routers[name.removeprefix("model.")].copy_(tensor)
     masters = promote(student, trainable_names(student, train_router=config.router_trains))
     if config.runtime.gradient_checkpointing:
         recompute_layers(student)

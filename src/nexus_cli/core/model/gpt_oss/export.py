@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nexus_cli.core.model.gpt_oss import modeling_nexus_gpt_oss as modeling
+from nexus_cli.core.model.gpt_oss.surgery import ROUTER
 from nexus_cli.errors import ArtifactError, ResourceError
 from nexus_cli.io import model_dir
 from nexus_cli.io.atomic import atomic_directory
@@ -96,6 +97,20 @@ def nexus_tensors(path: Path) -> dict[str, Tensor]:
         return {}
     model_dir.read_header(shard)
     return load_file(shard)
+
+
+def original_routers(path: Path) -> dict[str, Tensor]:
+    """The original model's routers, where the new shard holds trained ones over them.
+
+    Their bytes are still in the linked shards: a key of the new shard wins, and rewrites nothing.
+    """
+    files = model_dir.weight_map(path)
+    trained = {key for key, name in files.items() if name == NEXUS_SHARD and ROUTER.fullmatch(key)}
+    found: dict[str, Tensor] = {}
+    for name in sorted(set(files.values()) - {NEXUS_SHARD}) if trained else ():
+        with safe_open(path / name, framework="pt") as shard:
+            found |= {key: shard.get_tensor(key) for key in trained.intersection(shard.keys())}
+    return found
 
 
 def _check_replaceable(target: Path) -> None:
