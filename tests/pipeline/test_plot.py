@@ -191,3 +191,22 @@ def test_a_dry_run_lists_and_writes_nothing(
     plot.run(PlotConfig(), workspace, dry_run=True)
     assert "metrics.jsonl" in capsys.readouterr().out.replace("\n", "")
     assert not workspace.stage_dir("plot").exists()
+
+
+def test_a_file_in_the_current_folder_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_short_run(tmp_path, 1)
+    monkeypatch.chdir(tmp_path)
+    plot.run(PlotConfig(log_file="metrics.jsonl", output=Path("p")), Workspace(tmp_path))
+    assert (tmp_path / "p" / "losses.png").is_file()
+
+
+def test_records_of_nothing_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ArtifactError, match="no records"):
+        plot.run(
+            PlotConfig(log_file=str(tmp_path / "empty.txt"), output=tmp_path / "p"),
+            Workspace(tmp_path),
+        )
+    assert not (tmp_path / "p").exists()

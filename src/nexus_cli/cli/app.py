@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from nexus_cli import __version__
-from nexus_cli.cli.lazy import LazyGroup
+from nexus_cli.cli.lazy import INTERRUPTED, LazyGroup
 from nexus_cli.errors import NexusError
 
 app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -40,7 +40,7 @@ def main() -> None:
             _complain("hint", error.hint)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        _complain("interrupted", "nothing half-written was kept; the same command starts again")
+        _complain("error", INTERRUPTED)
         sys.exit(130)
 
 

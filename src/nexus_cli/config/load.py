@@ -42,28 +42,38 @@ def resolve(
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        problems = "\n".join(f"  {_where(section, e['loc'])}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(
+            _problem(section, e["loc"], e["type"], e["msg"]) for e in error.errors()
+        )
         raise ConfigError(
-            f"invalid settings\n{problems}", hint=f"nexus {section} --help lists the flags"
+            f"invalid settings: {problems}",
+            hint=f"nexus {section} --help lists the flags, docs/configuration.md every setting",
         ) from error
 
 
-def _where(section: str, location: Sequence[int | str]) -> str:
-    return ".".join(map(str, (section, *location)))
+def _problem(section: str, location: Sequence[int | str], kind: str, message: str) -> str:
+    where = ".".join(map(str, (section, *location)))
+    if kind == "extra_forbidden":
+        return f"{where} is an unknown key"
+    return f"{where}: {message.removeprefix('Value error, ')}"
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+        raise ConfigError(
+            f"cannot read {file}: {error.strerror}", hint="check the path given with --config"
+        ) from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file} is not UTF-8 text") from error
+        raise ConfigError(f"{file} is not UTF-8 text", hint="save it as UTF-8 YAML") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}") from error
+        said = " ".join(str(error).split())  # one line
+        raise ConfigError(f"{file} is not valid YAML: {said}", hint="mend that line") from error
     if not isinstance(document, dict):
         raise ConfigError(
-            f"{file} must hold blocks such as 'train:', not a {type(document).__name__}"
+            f"{file} must hold blocks such as 'train:', not a {type(document).__name__}",
+            hint="configs/demo.yaml is an example",
         )
     if unknown := sorted(map(str, document.keys() - STAGES - SHARED)):
         raise ConfigError(
@@ -76,11 +86,15 @@ def _read(file: Path) -> dict[str, Any]:
 def _parse_set(text: str) -> dict[str, Any]:
     path, separator, value = text.partition("=")
     if not separator or not path:
-        raise ConfigError(f"--set takes path=value, not {text!r}")
+        raise ConfigError(
+            f"--set takes path=value, not {text!r}", hint="for instance --set data.seq_len=512"
+        )
     try:
         parsed: Any = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {path}: {value!r} is not a YAML value") from error
+        raise ConfigError(
+            f"--set {path}: {value!r} is not a YAML value", hint="quote it"
+        ) from error
     for name in reversed(path.split(".")):
         parsed = {name: parsed}
     return dict(parsed)

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from nexus_cli.config.plot import PlotConfig
-from nexus_cli.errors import WorkspaceError
+from nexus_cli.errors import ArtifactError, WorkspaceError
 from nexus_cli.io import console, manifest
 from nexus_cli.io.atomic import write_atomic
 from nexus_cli.io.hashing import sha256_json
@@ -72,6 +72,11 @@ def run(
         return
     runs = [_read(source) for source in sources]
     report = None if report_path is None else read_report(report_path)
+    if report is None and not any(found.records for found in runs):
+        raise ArtifactError(
+            f"nothing to draw: no records of a training in {', '.join(s.name for s in sources)}",
+            hint="give --log-file the folder of a training run that has begun",
+        )
     inputs = {
         source.name: Artifact(source.metrics or Path(STDIN), sha256_json(list(found.records)))
         for source, found in zip(sources, runs, strict=True)
@@ -146,7 +151,7 @@ def _read(source: _Source) -> Run:
 def _settings(source: _Source, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """From the run's manifest, or while it has none from its ``start`` event."""
     if source.metrics is not None:
-        folder = source.metrics.parent
+        folder = source.metrics.parent.resolve()
         places = (
             folder / manifest.FILENAME,
             folder.with_name(f"{folder.name}.{manifest.FILENAME}"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+MEND = "Mend the file, or give other text with --data PATH; docs/data.md lists the forms."
+
 
 class DataError(ValueError):
     """Text that cannot be used. ``hint`` is the next thing to try, as one sentence."""
@@ -36,4 +38,4 @@ class UnusableRowError(ValueError):
 def bad_file(path: Path, line: int | None, what: str, hint: str | None = None) -> BadFileError:
     """Name the file, the line where there is one (counted from 1), and what is wrong with it."""
     where = str(path) if line is None else f"{path}, line {line}"
-    return BadFileError(f"{where}: {what}", hint)
+    return BadFileError(f"{where}: {what}", hint or MEND)
