@@ -26,18 +26,33 @@ def is_main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class _Lines(logging.Handler):
+    """One record, one line: what a file or a pipe can be searched in."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
 def configure(level: int = logging.INFO) -> None:
     """Send the package's log to stderr; ranks other than 0 say warnings only."""
     logger = logging.getLogger("nexus_cli")
     logger.setLevel(level if is_main_rank() else logging.WARNING)
     logger.propagate = False
     for handler in list(logger.handlers):
-        if isinstance(handler, RichHandler):
+        if isinstance(handler, RichHandler | _Lines):
             logger.removeHandler(handler)
-    console = Console(stderr=True, soft_wrap=True)
-    logger.addHandler(
-        RichHandler(console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S")
-    )
+    logger.addHandler(_handler())
+
+
+def _handler() -> logging.Handler:
+    if sys.stderr.isatty():
+        console = Console(stderr=True, soft_wrap=True)
+        return RichHandler(
+            console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S"
+        )
+    plain = _Lines()
+    plain.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    return plain
 
 
 def log_to_file(path: Path) -> logging.Handler:
