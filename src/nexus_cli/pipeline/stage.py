@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -127,21 +128,32 @@ def stage(
         if world is not None:
             world.barrier()
         if is_main:
-            done = manifest.Manifest(
-                stage=name,
-                fingerprint=fingerprint,
-                config=settings,
-                inputs=digests,
-                sources=dict(a.source for a in inputs.values() if a.source is not None),
-                outputs=written.files,
-                main=written.main.relative_to(place.directory).as_posix(),
-                environment=manifest.environment(),
-                command=manifest.command_line(),
-                started=started,
-                finished=manifest.now(),
-            )
-            manifest.commit(place.manifest, done)
+            record = _record(name, written, settings, inputs, started)
+            manifest.commit(place.manifest, record)
             log.info("%s finished: %s", name, written.main)
+
+
+def _record(
+    name: str,
+    written: StageOutput,
+    settings: dict[str, Any],
+    inputs: Mapping[str, Artifact],
+    started: datetime,
+) -> manifest.Manifest:
+    """What a finished stage leaves behind."""
+    return manifest.Manifest(
+        stage=name,
+        fingerprint=written.fingerprint,
+        config=settings,
+        inputs={role: artifact.digest for role, artifact in inputs.items()},
+        sources=dict(a.source for a in inputs.values() if a.source is not None),
+        outputs=written.files,
+        main=written.main.relative_to(written.directory).as_posix(),
+        environment=manifest.environment(),
+        command=manifest.command_line(),
+        started=started,
+        finished=manifest.now(),
+    )
 
 
 def _place(name: str, workspace: Workspace, main: str, output: Path | None, whole: bool) -> _Place:
