@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nexus_cli.core.model.gpt_oss.loading import load_model
-from nexus_cli.core.model.gpt_oss.surgery import freeze_all_but, trainable_names
+from nexus_cli.core.model.gpt_oss.surgery import trainable_names
+from nexus_cli.core.train.precision import promote
 from nexus_cli.errors import ArtifactError
 
 
@@ -105,7 +106,7 @@ def test_generation_with_the_cache_equals_generation_without(converted, ids):
 def test_two_forward_and_backward_passes_are_bit_equal(converted, ids):
     def run():
         names = trainable_names(converted)
-        freeze_all_but(converted, names)
+        promote(converted, names)
         hidden = converted.model(input_ids=ids, use_cache=False).last_hidden_state
         parameters = [p for p in converted.parameters() if p.requires_grad]
         return hidden, *torch.autograd.grad(hidden.sin().sum(), parameters)
@@ -116,7 +117,7 @@ def test_two_forward_and_backward_passes_are_bit_equal(converted, ids):
 
 def test_only_the_allow_list_trains(converted):
     names = trainable_names(converted, train_router=True)
-    freeze_all_but(converted, names)
+    promote(converted, names)
     free = [name for name, p in converted.named_parameters() if p.requires_grad]
     assert free == names
     assert all(".shared_expert." in name or ".router." in name for name in names)

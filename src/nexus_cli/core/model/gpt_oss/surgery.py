@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 
 from torch import nn
 
@@ -22,17 +21,3 @@ def trainable_names(model: nn.Module, *, train_router: bool = False) -> list[str
         for name, _ in model.named_parameters()
         if any(pattern.fullmatch(name) for pattern in allowed)
     ]
-
-
-def freeze_all_but(model: nn.Module, names: Collection[str]) -> None:
-    """Let only ``names`` require gradients.
-
-    Raises:
-        ValueError: the model has no parameter of one of these names.
-    """
-    parameters = dict(model.named_parameters())
-    if missing := sorted(set(names) - parameters.keys()):
-        raise ValueError(f"the model has no parameter {missing[0]}")
-    chosen = set(names)
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in chosen)
