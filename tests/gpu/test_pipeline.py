@@ -79,6 +79,33 @@ def test_a_store_made_on_the_device_trains_and_the_result_is_judged(nexus, works
     assert all(check["passed"] for check in report["checks"])
 
 
+@pytest.mark.parametrize("backend", ["auto", "dequant"])
+def test_two_deterministic_runs_write_the_same_bytes(nexus, workspace, tmp_path, backend):
+    written = []
+    for name in ("one", "two"):
+        out = tmp_path / name
+        done = nexus(
+            "train", *TEXT, *SHORT, "-w", workspace, "--device", "cuda:0", "--deterministic",
+            "--experts-backend", backend, "--max-steps", "6", "--batch-size", "8",
+            "--set", "evaluation.every=3", "--output-dir", out,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        state = out / "checkpoint-6" / "training_state"
+        written.append({f.name: f.read_bytes() for f in state.glob("*.safetensors")})
+    assert written[0]
+    assert written[0] == written[1]
+
+
+def test_a_run_says_how_it_spends_the_memory(nexus, workspace, tmp_path):
+    done = nexus(
+        "train", *TEXT, *SHORT, "-w", workspace, "--device", "cuda:0", "--max-steps", "1",
+        "--output-dir", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "activations kept, of" in done.stderr
+    assert "experts: fused" in done.stderr
+
+
 def test_a_device_that_is_not_there_is_said_at_once(nexus, workspace):
     done = nexus("train", *TEXT, "-w", workspace, "--device", "cuda:99")
     assert done.returncode == 5

@@ -221,10 +221,8 @@ def test_a_killed_run_continues_and_ends_with_the_rows_of_an_unbroken_one(
         open_store(folder)
 
     asked = []
-    teacher_rows = precompute.teacher_rows
-    monkeypatch.setattr(
-        precompute, "teacher_rows", lambda *args: asked.append(1) or teacher_rows(*args)
-    )
+    ask = precompute.ask
+    monkeypatch.setattr(precompute, "ask", lambda *args: asked.append(1) or ask(*args))
     precompute.run(config, Workspace(tmp_path))
     assert len(asked) == 4, "two of six batches were there already"
     assert shards_of(folder) == shards_of(finished.stage_dir("precompute"))
@@ -291,10 +289,8 @@ def test_a_lost_shard_alone_is_made_again(settings, tmp_path, monkeypatch):
     before = shards_of(folder)
     (folder / "shards" / "00001.parquet").unlink()
     asked = []
-    teacher_rows = precompute.teacher_rows
-    monkeypatch.setattr(
-        precompute, "teacher_rows", lambda *args: asked.append(1) or teacher_rows(*args)
-    )
+    ask = precompute.ask
+    monkeypatch.setattr(precompute, "ask", lambda *args: asked.append(1) or ask(*args))
     precompute.run(config, Workspace(tmp_path))
     assert len(asked) == 1
     assert shards_of(folder) == before

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nexus_cli.config.base import ConfigModel
+from nexus_cli.config.base import ConfigModel, RuntimeConfig
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file; flags win over it.")
@@ -40,3 +40,6 @@ def _shown(default: Any) -> str | bool:
     """Text for the help page; ``False`` where the default is to be worked out."""
     simple = isinstance(default, (str, int, float))
     return str(default) if simple and not isinstance(default, bool) else False
+
+
+ExpertsBackend = Annotated[str | None, flag(RuntimeConfig, "experts_backend", "--experts-backend")]

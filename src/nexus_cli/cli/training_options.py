@@ -21,6 +21,7 @@ Accumulation = Annotated[
     int | None, flag(T, "gradient_accumulation_steps", "--gradient-accumulation-steps")
 ]
 LearningRate = Annotated[float | None, flag(T, "optimizer.learning_rate", "--learning-rate")]
+Optimizer = Annotated[str | None, flag(T, "optimizer.kind", "--optimizer")]
 FreezeRouter = Annotated[
     bool, typer.Option("--freeze-router", help="Keep the router as it is (the default).")
 ]
@@ -34,6 +35,10 @@ Advanced = Annotated[
 SaveEvery = Annotated[int | None, flag(T, "runtime.save_every", "--save-every")]
 KeepLast = Annotated[int | None, flag(T, "runtime.keep_last", "--keep-last")]
 Resume = Annotated[str | None, flag(T, "runtime.resume", "--resume")]
+Deterministic = Annotated[
+    bool,
+    typer.Option("--deterministic", help="Two runs of the same command are equal bit for bit."),
+]
 OutputDir = Annotated[Path | None, flag(T, "output", "--output-dir", "--output")]
 
 

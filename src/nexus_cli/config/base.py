@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+ExpertsBackend = Literal["auto", "torch", "dequant", "fused", "bf16"]
 
 
 class ConfigModel(BaseModel):
@@ -30,5 +32,10 @@ class RuntimeConfig(ConfigModel):
     device: str = Field("auto", description="auto (a GPU if there is one), cpu, cuda or cuda:N.")
     batch_size: int = Field(8, gt=0, description="Sequences a forward pass.")
     num_processes: int = Field(1, gt=0, description="CPU workers that read and tokenise text.")
+    experts_backend: ExpertsBackend = Field(
+        "auto",
+        description="Products with packed experts on a GPU: torch, dequant, fused, bf16; "
+        "auto: by rows an expert.",
+    )
 
     _device = field_validator("device")(check_device)

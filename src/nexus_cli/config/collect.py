@@ -13,7 +13,12 @@ from nexus_cli.config.shared import EMBEDDED, Dtype, TextData
 class CollectRuntime(RuntimeConfig):
     """How the text is run through the model."""
 
-    batch_size: int = Field(32, gt=0, description="Sequences a forward pass.")
+    batch_size: int = Field(
+        32,
+        gt=0,
+        description="Sequences of the longest batch; of shorter texts, as many as hold the same "
+        "tokens.",
+    )
     checkpoint_seconds: float = Field(
         60.0, ge=0, description="Save what was counted this often; a killed run continues there."
     )

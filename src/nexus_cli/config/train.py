@@ -15,6 +15,11 @@ from nexus_cli.config.shared import Dtype, LossWeights, TextData
 class OptimizerConfig(ConfigModel):
     """AdamW over fp32 masters."""
 
+    kind: Literal["adamw", "adamw-8bit"] = Field(
+        "adamw",
+        description="adamw: fp32 moments. adamw-8bit: 8-bit moments, and masters split into the "
+        "bf16 weight and an exact remainder, for small cards.",
+    )
     learning_rate: float = Field(2e-4, gt=0, description="Peak rate of the shared experts.")
     gate_learning_rate: float = Field(
         5e-3, gt=0, description="Peak rate of the gates, one number a layer, which start at 0."
@@ -138,7 +143,16 @@ class TrainRuntime(RuntimeConfig):
     gradient_checkpointing: bool = Field(
         False, description="Compute layers again in the backward pass, to save memory."
     )
-    head_chunk: int = Field(256, gt=0, description="Positions whose logits exist at one time.")
+    memory_gib: float | None = Field(
+        None, gt=0, description="GPU memory that the run may take in all (what is free, less 1)."
+    )
+    cuda_graphs: bool = Field(
+        True, description="On a GPU, replay micro-batches of few tokens as CUDA graphs."
+    )
+    deterministic: bool = Field(
+        False, description="Only deterministic operations: two runs are equal bit for bit."
+    )
+    head_chunk: int = Field(512, gt=0, description="Positions whose logits exist at one time.")
 
     @field_validator("teacher_device")
     @classmethod

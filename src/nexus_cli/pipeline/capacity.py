@@ -12,6 +12,7 @@ import torch
 
 from nexus_cli.errors import ResourceError
 from nexus_cli.io import model_dir, tensor_files
+from nexus_cli.io.tensor_files import Tensor
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -34,10 +35,26 @@ def free_disk(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def weight_bytes(model: Path, dtype: torch.dtype) -> int:
-    """Memory of a model's weights: packed experts as they are, the rest in ``dtype``."""
-    found = tensor_files.tensors(model).values()
-    return sum(t.size * (1 if t.dtype == "U8" else dtype.itemsize) for t in found)
+def weight_bytes(model: Path, dtype: torch.dtype, *, decoded: bool = False) -> int:
+    """Memory of a model's weights: packed experts as they are or decoded, the rest in ``dtype``."""
+    found = tensor_files.tensors(model)
+    return sum(tensor_bytes(*item, dtype, decoded=decoded) for item in found.items())
+
+
+def tensor_bytes(name: str, tensor: Tensor, dtype: torch.dtype, *, decoded: bool = False) -> int:
+    """Memory of one of a model's tensors.
+
+    Args:
+        name: in the checkpoint.
+        tensor: as stored.
+        dtype: that it is loaded in, if it is not packed.
+        decoded: whether packed experts are: a byte is two weights of bf16, the scales go.
+    """
+    if tensor.dtype != "U8":
+        return tensor.size * dtype.itemsize
+    if not decoded:
+        return tensor.size
+    return 4 * tensor.size if name.endswith("_blocks") else 0
 
 
 def forward_bytes(model: Path, sequences: int, length: int, dtype: torch.dtype) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,10 +64,16 @@ def run(choice: Choice, *, compare: bool, config: ValidateConfig, world: World) 
         world: One rank, and its device.
     """
     dtype = frozen_dtype(config.dtype, world.device)
-    model = load_model(choice.model.path, device=world.device, dtype=dtype)
+    load = partial(
+        load_model,
+        device=world.device,
+        dtype=dtype,
+        experts_backend=config.runtime.experts_backend,
+    )
+    model = load(choice.model.path)
     speakers = [Speaker("model", Subject(model))]
     if compare:
-        speakers.append(Speaker("baseline", _baseline(choice, model, world, dtype)))
+        speakers.append(Speaker("baseline", _baseline(choice, model, load)))
     settings = model.generation_config
     stop = settings.eos_token_id
     chat = Chat(
@@ -87,12 +95,12 @@ def run(choice: Choice, *, compare: bool, config: ValidateConfig, world: World) 
             _answer(chat, text)
 
 
-def _baseline(choice: Choice, model: Any, world: World, dtype: torch.dtype) -> Subject:
+def _baseline(choice: Choice, model: Any, load: Callable[[Path], Any]) -> Subject:
     """The model with its shared experts off, where that is the baseline; else the folder's."""
     if choice.baseline is not None:
         found = changes(choice) if choice.baseline == choice.base else None
         if found is None or found.frozen or found.routers:
-            return Subject(load_model(choice.baseline.path, device=world.device, dtype=dtype))
+            return Subject(load(choice.baseline.path))
     return Subject(model, shared_experts=False)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from nexus_cli.core.distributed import World
 from nexus_cli.core.model.gpt_oss.loading import load_model
 from nexus_cli.core.model.gpt_oss.modeling_nexus_gpt_oss import NexusGptOssForCausalLM
 from nexus_cli.core.router.accumulate import MomentAccumulator
-from nexus_cli.core.router.batching import make_batch
+from nexus_cli.core.router.batching import TokenBatch, make_batch, padded_length
 from nexus_cli.core.router.moments import RouterMoments
 from nexus_cli.core.train.precision import frozen_dtype
 from nexus_cli.errors import ArtifactError
@@ -30,6 +32,7 @@ from nexus_cli.pipeline.collect_dry_run import describe
 from nexus_cli.pipeline.collect_partial import PartialStatistics, Progress
 from nexus_cli.pipeline.collect_plan import CollectPlan, make_plan
 from nexus_cli.pipeline.disk import room_for
+from nexus_cli.pipeline.forward_memory import keep_decoded
 from nexus_cli.pipeline.inputs import Artifact, model_input
 from nexus_cli.pipeline.router_statistics import save_moments
 from nexus_cli.pipeline.stage import StageOutput, stage
@@ -131,32 +134,61 @@ def _run_batches(job: _Job, plan: CollectPlan, partial: PartialStatistics) -> tu
     if not mine:
         return before, 0
     dtype = frozen_dtype(config.dtype, world.device)
-    network = load_model(job.model.path, device=world.device, dtype=dtype)
+    network = load_model(
+        job.model.path,
+        device=world.device,
+        dtype=dtype,
+        experts_backend=config.runtime.experts_backend,
+    )
+    keep_decoded(network, _largest_batch(plan), world.device)
     accumulator = MomentAccumulator(before.moments, world.device)
     counted = set(before.batches)
-    tokens, saved = 0, time.monotonic()
-    for number in console.progress(mine, "batches"):
-        tokens += _run_batch(network, plan, number, config.seed, accumulator, world.device)
-        counted.add(number)
-        if time.monotonic() - saved >= config.runtime.checkpoint_seconds:
-            partial.save(Progress(_moments(accumulator, job), frozenset(counted)))
-            saved = time.monotonic()
+    saved = time.monotonic()
+    with closing(_ahead(lambda number: _make_batch(plan, number, config.seed), mine)) as batches:
+        for number in console.progress(mine, "batches"):
+            _run_batch(network, next(batches), accumulator, world.device)
+            counted.add(number)
+            if time.monotonic() - saved >= config.runtime.checkpoint_seconds:
+                partial.save(Progress(_moments(accumulator, job), frozenset(counted)))
+                saved = time.monotonic()
+    tokens = sum(len(plan.sequences[index]) for number in mine for index in plan.batches[number])
     return Progress(_moments(accumulator, job), frozenset(counted)), tokens
+
+
+def _largest_batch(plan: CollectPlan) -> int:
+    """Tokens of the first batch, padding included; no other has more."""
+    first = plan.batches[0]
+    return len(first) * padded_length(max(len(plan.sequences[index]) for index in first))
+
+
+def _ahead(
+    make: Callable[[int], TokenBatch], numbers: Sequence[int]
+) -> Generator[TokenBatch, None, None]:
+    """Batches in order; while one is used, the next is made."""
+    with ThreadPoolExecutor(1, thread_name_prefix="next-batch") as pool:
+        upcoming = pool.submit(make, numbers[0])
+        for number in numbers[1:]:
+            batch = upcoming.result()
+            upcoming = pool.submit(make, number)
+            yield batch
+        yield upcoming.result()
+
+
+def _make_batch(plan: CollectPlan, number: int, seed: int) -> TokenBatch:
+    indices = plan.batches[number]
+    sequences = [plan.sequences[index] for index in indices]
+    return make_batch(sequences, indices, pad_id=plan.pad_id, seed=seed)
 
 
 def _run_batch(
     network: NexusGptOssForCausalLM,
-    plan: CollectPlan,
-    number: int,
-    seed: int,
+    batch: TokenBatch,
     accumulator: MomentAccumulator,
     device: torch.device,
-) -> int:
-    """Count one batch; returns its real tokens."""
-    indices = plan.batches[number]
-    sequences = [plan.sequences[index] for index in indices]
-    batch = make_batch(sequences, indices, pad_id=plan.pad_id, seed=seed).to(device)
+) -> None:
+    """Count one batch; on a GPU, queue the work."""
     with memory_on(device, OUT_OF_MEMORY), torch.inference_mode():
+        batch = batch.to(device)
         output = network.model(
             input_ids=batch.input_ids_BS,
             position_ids=batch.position_ids_BS,
@@ -164,7 +196,6 @@ def _run_batch(
             output_router_logits=True,
         )
         accumulator.add(output.router_logits, batch.body_N, batch.first_B, batch.keys_N)
-    return sum(len(ids) for ids in sequences)
 
 
 def _moments(accumulator: MomentAccumulator, job: _Job) -> RouterMoments:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-
 from nexus_cli.config.collect import CollectConfig
 from nexus_cli.core.train.precision import frozen_dtype
 from nexus_cli.errors import ResourceError
 from nexus_cli.io import console
 from nexus_cli.io.model_dir import ModelShape
 from nexus_cli.io.workspace import Workspace
-from nexus_cli.pipeline.capacity import (
-    forward_bytes,
-    free_disk,
-    free_memory,
-    gib,
-    weight_bytes,
-)
+from nexus_cli.pipeline.capacity import free_disk, free_memory, gib
 from nexus_cli.pipeline.inputs import Artifact
+from nexus_cli.pipeline.model_memory import Placement
 from nexus_cli.pipeline.text import describe_sources
 from nexus_cli.pipeline.world import open_world
 
@@ -34,7 +27,8 @@ def describe(
     sources = describe_sources(config.data, default_split="train")
     world = open_world(config.runtime.device)
     dtype = frozen_dtype(config.dtype, world.device)
-    memory = weight_bytes(model.path, dtype) + _working_bytes(config, model, shape, dtype)
+    place = Placement(world.device, dtype, config.runtime.experts_backend)
+    memory = place.weight_bytes(model.path) + _working_bytes(config, model, shape, place)
     disk = _statistics_bytes(config, shape) * (world.size + 1)  # and each rank's partial ones
     memory_left = free_memory(world.device)
     target = config.output or workspace.stage_dir("collect") / "router_probs.npz"
@@ -64,15 +58,16 @@ def describe(
 
 
 def _working_bytes(
-    config: CollectConfig, model: Artifact, shape: ModelShape, dtype: torch.dtype
+    config: CollectConfig, model: Artifact, shape: ModelShape, place: Placement
 ) -> int:
     """Activations of one layer, every layer's router logits, and the sums in float64."""
     tokens = config.runtime.batch_size * config.max_seq_length
-    layer = forward_bytes(model.path, config.runtime.batch_size, config.max_seq_length, dtype)
-    logits = tokens * shape.num_layers * shape.num_experts
-    expert = 3 * shape.hidden_size * shape.intermediate_size * shape.num_experts
+    layer = place.forward_bytes(model.path, config.runtime.batch_size, config.max_seq_length)
+    numbers = tokens * shape.num_layers * shape.num_experts
+    if not place.has_engine:  # which counts its decoded experts itself
+        numbers += 3 * shape.hidden_size * shape.intermediate_size * shape.num_experts
     sums = 2 * shape.num_layers * shape.num_experts * (shape.num_experts + 4) * 8
-    return layer + (logits + expert) * dtype.itemsize + sums
+    return layer + numbers * place.dtype.itemsize + sums
 
 
 def _statistics_bytes(config: CollectConfig, shape: ModelShape) -> int:

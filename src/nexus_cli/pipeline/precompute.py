@@ -16,6 +16,7 @@ from nexus_cli.core.data.blocks import PackedBlocks, collate
 from nexus_cli.core.data.order import mixture_order
 from nexus_cli.core.distributed import World
 from nexus_cli.core.model.gpt_oss.loading import load_model
+from nexus_cli.core.model.gpt_oss.modeling_nexus_gpt_oss import NexusGptOssForCausalLM
 from nexus_cli.core.train.precision import frozen_dtype
 from nexus_cli.errors import ConfigError, ResourceError
 from nexus_cli.io import console, model_dir, teacher_store
@@ -26,10 +27,11 @@ from nexus_cli.io.teacher_shards import StoreRows, concatenate
 from nexus_cli.io.teacher_store import ShardRecord, StoreManifest, StorePlan
 from nexus_cli.io.teacher_writer import StoreWriter
 from nexus_cli.io.workspace import Workspace
+from nexus_cli.pipeline.forward_memory import keep_decoded
 from nexus_cli.pipeline.inputs import Artifact, model_input
 from nexus_cli.pipeline.precompute_dry_run import describe
 from nexus_cli.pipeline.stage import StageOutput, stage
-from nexus_cli.pipeline.teacher_rows import teacher_rows
+from nexus_cli.pipeline.teacher_rows import Answer, ask
 from nexus_cli.pipeline.text import TextBlocks, load_blocks
 from nexus_cli.pipeline.world import open_world
 
@@ -186,19 +188,39 @@ def _write_shards(
     if not missing:
         return records
     model = load_model(
-        teacher.path, device=world.device, dtype=frozen_dtype(config.dtype, world.device)
+        teacher.path,
+        device=world.device,
+        dtype=frozen_dtype(config.dtype, world.device),
+        experts_backend=config.runtime.experts_backend,
     )
+    keep_decoded(model, plan.batch_size * plan.seq_len, world.device)
     if model.config.num_shared_experts:
         log.info("%s has a shared expert, which takes part in what the teacher says", config.model)
-    pieces = list(_batches(plan, missing))
     rows: list[StoreRows] = []
-    for shard, span in console.progress(pieces, "teacher batches"):
-        batch = collate(blocks, order_N[span.start : span.stop])
-        rows.append(teacher_rows(model, batch, config.top_k))
+    for shard, span, answer in _answers(model, blocks, order_N, plan, missing):
+        rows.append(answer.rows())
         if span.stop == plan.shard_rows(shard).stop:
             records.append(writer.write(shard, concatenate(rows)))
             rows.clear()
     return records
+
+
+def _answers(
+    model: NexusGptOssForCausalLM,
+    blocks: PackedBlocks,
+    order_N: NDArray[np.int64],
+    plan: StorePlan,
+    shards: Sequence[int],
+) -> Iterator[tuple[int, range, Answer]]:
+    """One batch behind: a GPU works on the next one while an answer is laid out and written."""
+    before: tuple[int, range, Answer] | None = None
+    for shard, span in console.progress(list(_batches(plan, shards)), "teacher batches"):
+        answer = ask(model, collate(blocks, order_N[span.start : span.stop]), plan.top_k)
+        if before is not None:
+            yield before
+        before = shard, span, answer
+    if before is not None:
+        yield before
 
 
 def _batches(plan: StorePlan, shards: Sequence[int]) -> Iterator[tuple[int, range]]:

@@ -11,14 +11,9 @@ from nexus_cli.core.train.precision import frozen_dtype
 from nexus_cli.errors import ResourceError
 from nexus_cli.io import console
 from nexus_cli.io.model_dir import ModelShape
-from nexus_cli.pipeline.capacity import (
-    forward_bytes,
-    free_disk,
-    free_memory,
-    gib,
-    weight_bytes,
-)
+from nexus_cli.pipeline.capacity import free_disk, free_memory, gib
 from nexus_cli.pipeline.inputs import Artifact
+from nexus_cli.pipeline.model_memory import Placement
 from nexus_cli.pipeline.text import describe_sources
 from nexus_cli.pipeline.world import open_world
 
@@ -75,6 +70,7 @@ def _memory_bytes(
 ) -> int:
     """Weights, the forward pass of a batch, and the logits of a chunk."""
     dtype = frozen_dtype(config.dtype, device)
-    layer = forward_bytes(teacher.path, config.batch_size, config.data.seq_len, dtype)
+    place = Placement(device, dtype, config.runtime.experts_backend)
+    layer = place.forward_bytes(teacher.path, config.batch_size, config.data.seq_len)
     logits = _LOGIT_BUFFERS * _CHUNK * shape.vocab_size * 4
-    return weight_bytes(teacher.path, dtype) + layer + logits
+    return place.weight_bytes(teacher.path) + layer + logits

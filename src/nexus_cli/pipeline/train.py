@@ -17,6 +17,7 @@ from nexus_cli.core.distill.anchor import Anchor
 from nexus_cli.core.distributed import World
 from nexus_cli.core.model.gpt_oss.export import NEXUS_SHARD
 from nexus_cli.core.train.checkpoints import Checkpoint
+from nexus_cli.core.train.determinism import make_deterministic
 from nexus_cli.core.train.loop import Loop, NotFiniteError, Parts, Progress
 from nexus_cli.core.train.precision import frozen_dtype
 from nexus_cli.core.train.ranks import wrap_for_ranks
@@ -68,12 +69,14 @@ def _run(
     prepare: Prepare, config: TrainConfig, workspace: Workspace, *, force: bool, dry_run: bool
 ) -> None:
     console.configure()
+    if config.runtime.deterministic:
+        make_deterministic()
     world = open_world(config.runtime.device)
     teacher_device = _teacher_device(config, world)
     request = prepare(config, workspace, world.size)
     if dry_run:
         directory = config.output or workspace.stage_dir(request.command)
-        plan.describe(request, directory, world.device)
+        plan.describe(request, directory, world.device, teacher_device)
         return
     with stage(
         request.command,
@@ -110,7 +113,7 @@ def _train(
             held.callback(_close, _open_log(out.directory, is_new=start is None))
         log.info("%s", plan.steps_sentence(request))
         models = assemble.load_models(request, world, teacher_device)
-        anchor = assemble.make_anchor(request, models.masters)
+        anchor = assemble.make_anchor(request, models)
         progress = _restored(start, models, anchor, world)
         held_out = held_out_text(request, workspace, world)
         recorder = None

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,10 +143,16 @@ def _subjects(
     every tensor is in the model too is dropped after the check: with its shared experts off
     the model is that base, which the check has just shown.
     """
-    model = load_model(choice.model.path, device=world.device, dtype=dtype)
+    load = partial(
+        load_model,
+        device=world.device,
+        dtype=dtype,
+        experts_backend=config.runtime.experts_backend,
+    )
+    model = load(choice.model.path)
     base = None
     if choice.loaded_base is not None:
-        base = load_model(choice.loaded_base.path, device=world.device, dtype=dtype)
+        base = load(choice.loaded_base.path)
     checks += switched_off(model, base, found, seed=config.seed, device=world.device)
     off = Subject(model, shared_experts=False)
     if choice.kind == "self":
@@ -158,7 +165,7 @@ def _subjects(
     else:
         del base
         assert choice.baseline is not None
-        other = load_model(choice.baseline.path, device=world.device, dtype=dtype)
+        other = load(choice.baseline.path)
         yield Subject(model), Subject(other)
 
 

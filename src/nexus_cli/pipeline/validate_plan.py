@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from nexus_cli.config.validate import ValidateConfig
 from nexus_cli.core.distributed import DeviceError, resolve_device
 from nexus_cli.core.evaluate.perplexity import LOGITS_IN_A_CHUNK
@@ -12,7 +10,8 @@ from nexus_cli.errors import ResourceError
 from nexus_cli.io import console, model_dir
 from nexus_cli.io.report import FILENAME
 from nexus_cli.io.workspace import Workspace
-from nexus_cli.pipeline.capacity import forward_bytes, free_memory, gib, weight_bytes
+from nexus_cli.pipeline.capacity import free_memory, gib
+from nexus_cli.pipeline.model_memory import Placement
 from nexus_cli.pipeline.text import describe_sources
 from nexus_cli.pipeline.validate_models import Choice
 
@@ -35,8 +34,11 @@ def describe(
     # The base is loaded for the identity check even where the comparison needs one copy.
     others = {a.path: a for a in (choice.loaded_base, choice.baseline) if a}
     copies = [choice.model, *others.values()]
-    needed = sum(weight_bytes(artifact.path, dtype) for artifact in copies[:2])
-    needed += _activations(config, choice, dtype)
+    place = Placement(device, dtype, config.runtime.experts_backend)
+    needed = _activations(config, choice, place)
+    needed += sum(place.weight_bytes(artifact.path) for artifact in copies[:2])
+    tokens = config.runtime.batch_size * config.window
+    needed += sum(place.buffer_bytes(artifact.path, tokens) for artifact in copies[1:2])
     free = free_memory(device)
     rows: list[tuple[str, object]] = [
         ("model", choice.model.path),
@@ -62,10 +64,8 @@ def describe(
         )
 
 
-def _activations(config: ValidateConfig, choice: Choice, dtype: torch.dtype) -> int:
+def _activations(config: ValidateConfig, choice: Choice, place: Placement) -> int:
     """Logits of a chunk, and the forward pass of a batch."""
     shape = model_dir.read_shape(choice.model.path)
     logits = LOGIT_BUFFERS * 4 * max(LOGITS_IN_A_CHUNK, shape.vocab_size)
-    return logits + forward_bytes(
-        choice.model.path, config.runtime.batch_size, config.window, dtype
-    )
+    return logits + place.forward_bytes(choice.model.path, config.runtime.batch_size, config.window)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from nexus_cli.cli.options import ConfigFile, DryRun, Force, Sets, WorkspaceDir, flag
+from nexus_cli.cli.options import (
+    ConfigFile,
+    DryRun,
+    ExpertsBackend,
+    Force,
+    Sets,
+    WorkspaceDir,
+    flag,
+)
 from nexus_cli.config.collect import CollectConfig
 from nexus_cli.config.load import resolve
 from nexus_cli.io.workspace import DEFAULT_ROOT, Workspace
@@ -26,6 +34,7 @@ def collect(
     data: Annotated[str | None, flag(CollectConfig, "data.sources", "--data")] = None,
     data_dir: Annotated[Path | None, flag(CollectConfig, "data.data_dir", "--data-dir")] = None,
     device: Annotated[str | None, flag(CollectConfig, "runtime.device", "--device")] = None,
+    experts_backend: ExpertsBackend = None,
     workspace: WorkspaceDir = DEFAULT_ROOT,
     config_file: ConfigFile = None,
     sets: Sets = None,
@@ -42,7 +51,11 @@ def collect(
         max_candidates=max_candidates,
         output=output,
         data={"sources": data, "data_dir": data_dir},
-        runtime={"num_processes": num_processes, "device": device},
+        runtime={
+            "num_processes": num_processes,
+            "device": device,
+            "experts_backend": experts_backend,
+        },
     )
 
     from nexus_cli.pipeline.collect import run

@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from nexus_cli.cli.options import ConfigFile, DryRun, Force, Sets, WorkspaceDir, flag
+from nexus_cli.cli.options import (
+    ConfigFile,
+    DryRun,
+    ExpertsBackend,
+    Force,
+    Sets,
+    WorkspaceDir,
+    flag,
+)
 from nexus_cli.config.load import resolve
 from nexus_cli.config.precompute import PrecomputeConfig
 from nexus_cli.io.workspace import DEFAULT_ROOT, Workspace
@@ -28,6 +36,7 @@ def precompute(
     data: Annotated[str | None, flag(PrecomputeConfig, "data.sources", "--data")] = None,
     data_dir: Annotated[Path | None, flag(PrecomputeConfig, "data.data_dir", "--data-dir")] = None,
     device: Annotated[str | None, flag(PrecomputeConfig, "runtime.device", "--device")] = None,
+    experts_backend: ExpertsBackend = None,
     workspace: WorkspaceDir = DEFAULT_ROOT,
     config_file: ConfigFile = None,
     sets: Sets = None,
@@ -46,7 +55,7 @@ def precompute(
         top_k=top_k,
         compression=compression,
         data={"sources": data, "data_dir": data_dir, "seq_len": seq_len},
-        runtime={"device": device},
+        runtime={"device": device, "experts_backend": experts_backend},
     )
 
     from nexus_cli.pipeline.precompute import run

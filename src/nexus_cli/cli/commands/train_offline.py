@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Annotated
 
 from nexus_cli.cli import training_options as options
-from nexus_cli.cli.options import ConfigFile, DryRun, Force, Sets, WorkspaceDir, flag
+from nexus_cli.cli.options import (
+    ConfigFile,
+    DryRun,
+    ExpertsBackend,
+    Force,
+    Sets,
+    WorkspaceDir,
+    flag,
+)
 from nexus_cli.config.train import TrainConfig
 from nexus_cli.io.workspace import DEFAULT_ROOT, Workspace
 
@@ -23,12 +31,15 @@ def train_offline(
     batch_size: options.BatchSize = None,
     gradient_accumulation_steps: options.Accumulation = None,
     learning_rate: options.LearningRate = None,
+    optimizer: options.Optimizer = None,
     freeze_router: options.FreezeRouter = False,
     train_router: options.TrainRouter = False,
     use_advanced_scheduler: options.Advanced = False,
     save_every: options.SaveEvery = None,
     keep_last: options.KeepLast = None,
     resume: options.Resume = None,
+    experts_backend: ExpertsBackend = None,
+    deterministic: options.Deterministic = False,
     output_dir: options.OutputDir = None,
     workspace: WorkspaceDir = DEFAULT_ROOT,
     config_file: ConfigFile = None,
@@ -42,12 +53,14 @@ def train_offline(
         "max_steps": max_steps,
         "batch_size": batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
-        "optimizer": {"learning_rate": learning_rate},
+        "optimizer": {"learning_rate": learning_rate, "kind": optimizer},
         "runtime": {
             "device": device,
             "save_every": save_every,
             "keep_last": keep_last,
             "resume": resume,
+            "experts_backend": experts_backend,
+            "deterministic": deterministic or None,
         },
         "output": output_dir,
     }

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from nexus_cli.cli.options import ConfigFile, DryRun, Force, Sets, WorkspaceDir, flag
+from nexus_cli.cli.options import (
+    ConfigFile,
+    DryRun,
+    ExpertsBackend,
+    Force,
+    Sets,
+    WorkspaceDir,
+    flag,
+)
 from nexus_cli.config.load import resolve
 from nexus_cli.config.validate import ValidateConfig
 from nexus_cli.io.workspace import DEFAULT_ROOT, Workspace
@@ -37,6 +45,7 @@ def validate(
     device: Annotated[
         str | None, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")
     ] = None,
+    experts_backend: ExpertsBackend = None,
     workspace: WorkspaceDir = DEFAULT_ROOT,
     config_file: ConfigFile = None,
     sets: Sets = None,
@@ -56,7 +65,7 @@ def validate(
         general={"sources": general_data, "data_dir": folder},
         max_degradation=max_degradation,
         output=output,
-        runtime={"device": device},
+        runtime={"device": device, "experts_backend": experts_backend},
     )
 
     from nexus_cli.pipeline.validate import Mode, run

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +43,8 @@ class Anchor:
         every: int,
         kind: AnchorKind = "start",
         device: torch.device | str | None = None,
+        read: Callable[[Tensor], Tensor] = Tensor.detach,
+        write: Callable[[Tensor, Tensor], object] = Tensor.copy_,
     ) -> None:
         """Remember ``masters`` as they are now.
 
@@ -52,7 +54,9 @@ class Anchor:
             every: optimizer steps between merges.
             kind: ``start`` or ``previous``.
             device: where to keep the anchor; ``None`` for beside the masters. It takes as much
-                memory as they do.
+                memory as they do in fp32.
+            read: gives a master's exact fp32 value; by default it is that itself.
+            write: gives it another one. Both are for an optimizer that keeps masters in parts.
         """
         if not 0 < beta <= 1:
             raise ValueError(f"beta must lie in (0, 1], not {beta}")
@@ -61,8 +65,10 @@ class Anchor:
         self.beta = beta
         self.every = every
         self.kind = kind
+        self._read, self._write = read, write
         self._anchors = {
-            name: tensor.detach().to(device=device, copy=True) for name, tensor in masters.items()
+            name: read(tensor).detach().to(device=device, copy=True)
+            for name, tensor in masters.items()
         }
 
     def due(self, done_steps: int) -> bool:
@@ -79,14 +85,15 @@ class Anchor:
         self._require_names(masters)
         square, largest = 0.0, 0.0
         for name, master in masters.items():
-            before = master.clone()
-            master.lerp_(self._anchors[name].to(master.device, master.dtype), self.beta)
-            change = (master - before).flatten()
+            before = self._read(master)
+            merged = before.lerp(self._anchors[name].to(before.device, before.dtype), self.beta)
+            change = (merged - before).flatten()
+            self._write(master, merged)
             if change.numel():
                 square += float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
                 largest = max(largest, float(change.abs().max()))
             if self.kind == "previous":
-                self._anchors[name].copy_(master)
+                self._anchors[name].copy_(merged)
         return AnchorMove(math.sqrt(square), largest)
 
     def state_dict(self) -> dict[str, Tensor]:

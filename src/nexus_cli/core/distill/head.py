@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nexus_cli.core.distill.divergence import vocabulary_divergence
+from nexus_cli.core.distill.kernel_chunks import KernelChunks, backproject, takes_kernels
 from nexus_cli.core.distill.projection import project
 from nexus_cli.core.distill.teacher import DenseSignal, TeacherSignal, TopKSignal
 
@@ -59,6 +60,10 @@ def head_loss(
     into the gradient of the hidden states chunk by chunk, in the forward pass. Beyond the
     ``[N, H]`` gradient, memory depends on ``chunk_size`` and not on the number of positions: at
     most four float32 ``[chunk_size, V]`` buffers. Inactive positions cost nothing.
+
+    A bfloat16 head on a CUDA device takes the kernels of
+    :func:`~nexus_cli.core.kernels.head_loss.head_loss_chunk`: at most two float32 buffers and a
+    bfloat16 one, kept for all chunks. Any other head or device takes the PyTorch form below.
 
     The caller puts masks and ``1 / global count`` into the weights. Sources: Hinton et al.,
     arXiv 1503.02531 (temperature); the tail bucket is derived in ``docs/losses.md``.
@@ -120,20 +125,28 @@ class _HeadLossFunction(torch.autograd.Function):
         parts_4N = torch.zeros(4, len(labels_N), dtype=dtype, device=hidden_NH.device)
         gradient_NH = torch.zeros_like(hidden_NH) if ctx.needs_input_grad[0] else None
         weights = (ce_weight_N.to(dtype), kd_weight_N.to(dtype))
+        longest = min(settings.chunk_size, max(map(len, groups)))
+        work = None
+        if takes_kernels(head_VH):
+            work = KernelChunks(longest, head_VH, settings.temperature, settings.metrics)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             for rows_M, signal in zip(groups, (None, teacher), strict=True):
                 for start in range(0, len(rows_M), settings.chunk_size):
                     rows_C = rows_M[start : start + settings.chunk_size]
-                    dlogits_CV, parts_4N[:, rows_C] = _chunk(
+                    given = (
                         hidden_NH[rows_C],
                         head_VH,
                         labels_N[rows_C],
                         (weights[0][rows_C], weights[1][rows_C]),
                         None if signal is None else _rows(signal, rows_C),
-                        settings,
                     )
+                    if work is None:
+                        dlogits_CV, parts_4N[:, rows_C] = _chunk(*given, settings)
+                    else:
+                        dlogits_CV, parts_4N[:, rows_C] = work.chunk(*given)
+                    del given
                     if gradient_NH is not None:
-                        dhidden_CH = dlogits_CV.to(head_VH.dtype) @ head_VH
+                        dhidden_CH = backproject(dlogits_CV, head_VH)
                         gradient_NH[rows_C] = dhidden_CH.to(gradient_NH.dtype)
                     del dlogits_CV
         parts = parts_4N.unbind()

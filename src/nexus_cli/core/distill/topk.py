@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nexus_cli.core.distill.projection import project
+from nexus_cli.core.kernels.head_top_k import top_k_of_logits
 
 # Shape letters in this file: N positions, C positions of one chunk, H hidden size, V vocabulary,
 # K kept entries.
@@ -32,9 +33,12 @@ class TopK:
 
 @torch.no_grad()
 def top_k(
-    hidden_NH: Tensor, head_VH: Tensor, labels_N: Tensor, k: int, *, chunk_size: int = 1024
+    hidden_NH: Tensor, head_VH: Tensor, labels_N: Tensor, k: int, *, chunk_size: int = 2048
 ) -> TopK:
     """Take the top K of every position without holding ``[N, V]`` logits.
+
+    On a GPU the logits of a chunk are read once by kernels, for K up to 64; see
+    :func:`~nexus_cli.core.kernels.head_top_k.top_k_of_logits`.
 
     Args:
         hidden_NH: final hidden states ``[N, H]``, any float dtype.
@@ -48,19 +52,13 @@ def top_k(
     """
     if not 1 <= k <= len(head_VH):
         raise ValueError(f"cannot keep {k} of {len(head_VH)} tokens")
-    chunks = [
-        _chunk(
-            hidden_NH[start : start + chunk_size], head_VH, labels_N[start : start + chunk_size], k
-        )
-        for start in range(0, len(hidden_NH), chunk_size)
-    ]
+    labels_N = labels_N.contiguous()
+    rows = min(chunk_size, len(hidden_NH))
+    dtype = torch.float64 if head_VH.dtype == torch.float64 else torch.float32
+    buffer_CV = hidden_NH.new_empty(rows, len(head_VH), dtype=dtype)
+    chunks = []
+    for start in range(0, len(hidden_NH), chunk_size):
+        hidden_CH = hidden_NH[start : start + chunk_size]
+        logits_CV = project(hidden_CH, head_VH, buffer_CV[: len(hidden_CH)]).float()
+        chunks.append(top_k_of_logits(logits_CV, labels_N[start : start + chunk_size], k))
     return TopK(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
-
-
-def _chunk(hidden_CH: Tensor, head_VH: Tensor, labels_C: Tensor, k: int) -> tuple[Tensor, ...]:
-    logp_CV = torch.log_softmax(project(hidden_CH, head_VH).float(), dim=-1)
-    nll_C = -logp_CV.gather(1, labels_C[:, None])[:, 0]
-    logprobs_CK, ids_CK = logp_CV.topk(k, dim=-1)
-    # Summed over the tail itself: 1 - sum of the kept would lose a small tail to cancellation.
-    tail_C = logp_CV.exp_().scatter_(1, ids_CK, 0.0).sum(-1).log()
-    return ids_CK, logprobs_CK, tail_C, nll_C

@@ -7,7 +7,7 @@ kernels. Probabilities and top-k sets are therefore computed here, in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nexus_cli.core.router.batching import to_device
 from nexus_cli.core.router.moments import Reservoir, RouterMoments, TokenSums
 
-# Shape letters in this file: L layers, E experts, N tokens, K experts a token, R kept tokens.
+# Shape letters in this file: L layers, E experts, N tokens, K experts a token, R kept tokens,
+# T rows of a forward pass, padding included.
+
+GROUP_NUMBERS = 2**24  # float64 numbers of each temporary array: 128 MiB
+GROUP_NUMBERS_CPU = 2**17  # they stay in the cache
+WAITING_BYTES = 2**28  # of sampled tokens on the device, before they are fetched
 
 
 @dataclass
@@ -48,20 +54,34 @@ class _DeviceSums:
             weight_LE=self.weight_LE.cpu().numpy().copy(),
         )
 
-    def add(self, layer: int, logits_NE: Tensor, probability_NE: Tensor, top_k: int) -> None:
-        """Add one layer's tokens; the caller counts them once for all layers."""
-        num_experts = logits_NE.shape[-1]
-        top_NK, expert_NK = logits_NE.topk(top_k, dim=-1)  # sorted: column 0 is the top 1
-        self.probability_LE[layer] += probability_NE.sum(0)
-        self.outer_LEE[layer].addmm_(probability_NE.T, probability_NE)
-        self.top1_LE[layer] += torch.bincount(expert_NK[:, 0], minlength=num_experts)
-        self.topk_LE[layer] += torch.bincount(expert_NK.flatten(), minlength=num_experts)
-        weight_NE = torch.zeros_like(probability_NE).scatter_(-1, expert_NK, top_NK.softmax(-1))
-        self.weight_LE[layer] += weight_NE.sum(0)
+    def add(self, layers: slice, logits_LNE: Tensor, top_k: int) -> Tensor:
+        """Add the tokens of some layers; the caller counts them once for all layers.
+
+        Counts are sums over a mask: no atomics, and nothing that waits for the device.
+
+        Returns:
+            The probabilities ``[L, N, E]``, float64.
+        """
+        top_LNK, expert_LNK = logits_LNE.topk(top_k, dim=-1)  # sorted: column 0 is the top 1
+        place_LNE = torch.zeros_like(logits_LNE, dtype=torch.uint8)
+        place_LNE.scatter_(-1, expert_LNK, 1).scatter_(-1, expert_LNK[..., :1], 2)
+        self.topk_LE[layers] += (place_LNE > 0).sum(1)
+        self.top1_LE[layers] += (place_LNE > 1).sum(1)
+        weight_LNK = top_LNK.double().softmax(-1)
+        weight_LNE = torch.zeros_like(logits_LNE, dtype=torch.float64)
+        self.weight_LE[layers] += weight_LNE.scatter_(-1, expert_LNK, weight_LNK).sum(1)
+        probability_LNE = logits_LNE.double().softmax(-1)
+        self.probability_LE[layers] += probability_LNE.sum(1)
+        self.outer_LEE[layers].baddbmm_(probability_LNE.transpose(1, 2), probability_LNE)
+        return probability_LNE
 
 
 class MomentAccumulator:
-    """Running :class:`RouterMoments` on one device."""
+    """Running :class:`RouterMoments` on one device.
+
+    Adding does not wait for the device: sums and sampled tokens stay there, and are fetched by
+    :meth:`moments`, or when many tokens were sampled.
+    """
 
     def __init__(self, start: RouterMoments, device: torch.device) -> None:
         """Continue from ``start``; pass ``RouterMoments.zeros(...)`` to begin."""
@@ -69,7 +89,7 @@ class MomentAccumulator:
         self._shape = start.num_layers, start.num_experts
         self._body = _DeviceSums.of(start.body, device)
         self._first = _DeviceSums.of(start.first, device)
-        self._reservoir = start.reservoir
+        self._samples = _Samples(start.reservoir)
 
     def add(
         self,
@@ -95,23 +115,20 @@ class MomentAccumulator:
         shape = len(router_logits), *{logits.shape[-1] for logits in router_logits}
         if shape != self._shape:
             raise ValueError(f"router logits of (layers, experts) {shape}, not {self._shape}")
-        entering = self._reservoir.admits(keys_N)
-        entering_R = torch.from_numpy(entering).to(body_N.device)
+        entering = self._samples.admits(keys_N)
+        entering_R = to_device(torch.from_numpy(entering), body_N.device)
         samples = []
-        for layer, logits_NE in enumerate(router_logits):
-            body_NE = logits_NE.index_select(0, body_N).double()
-            probability_NE = body_NE.softmax(-1)
-            self._body.add(layer, body_NE, probability_NE, self._top_k)
-            first_NE = logits_NE.index_select(0, first_N).double()
-            self._first.add(layer, first_NE, first_NE.softmax(-1), self._top_k)
-            samples.append(probability_NE.index_select(0, entering_R).half())
+        for layers in _groups(len(router_logits), router_logits[0]):
+            logits_LTE = torch.stack(list(router_logits[layers]))
+            body_LNE = logits_LTE.index_select(1, body_N)
+            probability_LNE = self._body.add(layers, body_LNE, self._top_k)
+            self._first.add(layers, logits_LTE.index_select(1, first_N), self._top_k)
+            if len(entering):
+                samples.append(probability_LNE.index_select(1, entering_R).half())
         self._body.tokens += len(body_N)
         self._first.tokens += len(first_N)
         if len(entering):
-            kept = torch.stack(samples, dim=1).cpu().numpy()
-            order = np.argsort(keys_N[entering], kind="stable")
-            new = Reservoir(self._reservoir.capacity, keys_N[entering][order], kept[order])
-            self._reservoir = self._reservoir + new
+            self._samples.add(keys_N[entering], torch.cat(samples))
 
     def moments(self) -> RouterMoments:
         """What was counted so far, on the host; the accumulator can go on.
@@ -123,10 +140,56 @@ class MomentAccumulator:
             top_k=self._top_k,
             body=self._body.on_host(),
             first=self._first.on_host(),
-            reservoir=self._reservoir,
+            reservoir=self._samples.fetch(),
         )
         for sums in (found.body, found.first):
             bad = ~np.isfinite(sums.probability_LE).all(axis=1)
             if bad.any():
                 raise ValueError(f"the router of layer {int(bad.argmax())} produced NaN")
         return found
+
+
+class _Samples:
+    """A reservoir whose newest tokens are still on the device; their keys are known at once."""
+
+    def __init__(self, start: Reservoir) -> None:
+        self._fetched = start
+        self._keys = _keys_alone(start.capacity, start.keys_R)  # the new ones included
+        self._new: list[tuple[NDArray[np.uint64], Tensor]] = []
+        self._bytes = 0
+
+    def admits(self, keys_N: NDArray[np.uint64]) -> NDArray[np.intp]:
+        return self._keys.admits(keys_N)
+
+    def add(self, keys_R: NDArray[np.uint64], probability_LRE: Tensor) -> None:
+        self._keys = self._keys + _keys_alone(self._keys.capacity, keys_R)
+        self._new.append((keys_R, probability_LRE))
+        self._bytes += probability_LRE.nbytes
+        if self._bytes > WAITING_BYTES:
+            self.fetch()
+
+    def fetch(self) -> Reservoir:
+        """All of it on the host; of the new tokens, those that have not been pushed out."""
+        if self._new:
+            keys_R = np.concatenate([keys for keys, _ in self._new])
+            stays = np.flatnonzero(np.isin(keys_R, self._keys.keys_R))
+            stays = stays[np.argsort(keys_R[stays], kind="stable")]
+            probability_LRE = torch.cat([values for _, values in self._new], dim=1)
+            chosen_R = torch.from_numpy(stays).to(probability_LRE.device)
+            chosen_RLE = probability_LRE.index_select(1, chosen_R).transpose(0, 1).contiguous()
+            new = Reservoir(self._fetched.capacity, keys_R[stays], chosen_RLE.cpu().numpy())
+            self._fetched = self._fetched + new
+            self._new, self._bytes = [], 0
+        return self._fetched
+
+
+def _keys_alone(capacity: int, keys_R: NDArray[np.uint64]) -> Reservoir:
+    return Reservoir(capacity, keys_R, np.empty((len(keys_R), 0, 0), np.float16))
+
+
+def _groups(num_layers: int, logits_TE: Tensor) -> Iterator[slice]:
+    """Layers that are worked on together: few launches on a GPU, little memory anywhere."""
+    numbers = GROUP_NUMBERS if logits_TE.is_cuda else GROUP_NUMBERS_CPU
+    size = max(1, numbers // max(1, logits_TE.numel()))
+    for start in range(0, num_layers, size):
+        yield slice(start, min(start + size, num_layers))

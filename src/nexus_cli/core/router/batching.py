@@ -37,28 +37,50 @@ class TokenBatch:
     keys_N: NDArray[np.uint64]
 
     def to(self, device: torch.device) -> TokenBatch:
-        """The same batch on ``device``; the keys stay on the host."""
+        """The same batch on ``device``, without waiting for it; the keys stay on the host."""
         return TokenBatch(
-            self.input_ids_BS.to(device),
-            self.position_ids_BS.to(device),
-            self.body_N.to(device),
-            self.first_B.to(device),
+            to_device(self.input_ids_BS, device),
+            to_device(self.position_ids_BS, device),
+            to_device(self.body_N, device),
+            to_device(self.first_B, device),
             self.keys_N,
         )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host; to a GPU in the order of its queue, which is not waited for."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def plan_batches(lengths: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
     """Group sequences of like length: the longest first, so that memory is asked for at once.
 
+    All batches but the last have about as many tokens, padding included, so that short sequences
+    keep a device as busy as long ones, in the same memory.
+
     Args:
         lengths: tokens of each sequence.
-        batch_size: most sequences a batch.
+        batch_size: sequences of the first batch; of shorter ones more go into a batch.
 
     Returns:
         Indices of each batch's sequences; every sequence is in exactly one batch.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    return [tuple(order[i : i + batch_size]) for i in range(0, len(order), batch_size)]
+    batches: list[tuple[int, ...]] = []
+    start = 0
+    while start < len(order):
+        tokens = batch_size * padded_length(lengths[order[0]])
+        size = max(1, tokens // padded_length(lengths[order[start]]))
+        batches.append(tuple(order[start : start + size]))
+        start += size
+    return batches
+
+
+def padded_length(length: int) -> int:
+    """What a sequence takes in a batch whose longest it is."""
+    return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
 def make_batch(
@@ -73,8 +95,7 @@ def make_batch(
         pad_id: any token id; pads follow the text, so no real token sees them.
         seed: of the reservoir.
     """
-    longest = max(len(ids) for ids in sequences)
-    padded = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    padded = padded_length(max(len(ids) for ids in sequences))
     ids_BS = np.full((len(sequences), padded), pad_id, dtype=np.int64)
     for row, ids in enumerate(sequences):
         ids_BS[row, : len(ids)] = ids

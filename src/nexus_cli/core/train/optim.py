@@ -1,4 +1,4 @@
-"""AdamW over the fp32 master weights of what trains: groups, rates and clipping."""
+"""AdamW over the fp32 master weights of what trains: groups, rates, clipping, exact values."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
+
+from nexus_cli.core.train.adamw_8bit import AdamW8bit
 
 Kind = Literal["shared", "shared_bias", "gate", "router", "router_bias"]
+OptimizerKind = Literal["adamw", "adamw-8bit"]
 KINDS: tuple[Kind, ...] = ("shared", "shared_bias", "gate", "router", "router_bias")
 
 
@@ -51,7 +54,8 @@ def build_optimizer(
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.95),
     epsilon: float = 1e-8,
-) -> torch.optim.AdamW:
+    optimizer: OptimizerKind = "adamw",
+) -> torch.optim.AdamW | AdamW8bit:
     """AdamW (Loshchilov and Hutter, 2019) with one group a kind of parameter.
 
     Only matrices decay: a gate or a bias pulled to zero is a changed function, not a simpler
@@ -63,16 +67,18 @@ def build_optimizer(
         weight_decay: of the shared expert's and the router's matrices.
         betas: decay of the first and second moment.
         epsilon: added to the root of the second moment.
+        optimizer: ``adamw``, or ``adamw-8bit`` (:class:`AdamW8bit`), which takes bf16 parameters
+            too and keeps the rest of their masters itself.
 
     Raises:
-        ValueError: there is nothing to train, or a parameter is not fp32: in bf16 an update
+        ValueError: there is nothing to train, or a parameter is not fp32: in bf16 alone an update
             smaller than 1/256 of a weight is lost.
     """
     if not named:
         raise ValueError("there is nothing to train")
     grouped: dict[Kind, list[nn.Parameter]] = {kind: [] for kind in KINDS}
     for name, parameter in named.items():
-        if parameter.dtype != torch.float32:
+        if optimizer == "adamw" and parameter.dtype != torch.float32:
             raise ValueError(f"{name} trains in {parameter.dtype}; masters must be float32")
         grouped[kind_of(name)].append(parameter)
     decays = {"shared": weight_decay, "router": weight_decay}
@@ -81,6 +87,8 @@ def build_optimizer(
         for kind, parameters in grouped.items()
         if parameters
     ]
+    if optimizer == "adamw-8bit":
+        return AdamW8bit(groups, betas=betas, eps=epsilon)
     on_gpu = all(parameter.is_cuda for parameter in named.values())
     return torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=on_gpu or None)
 
@@ -94,7 +102,8 @@ def set_rates(optimizer: torch.optim.Optimizer, rates: Rates) -> None:
 def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """Scale the gradients so that their joint norm is at most ``max_norm``.
 
-    To be called after the gradients are summed over micro-batches and ranks, so that the norm
+    :class:`AdamW8bit` gets the factor and applies it in its step; ``.grad`` stays as it is. To be
+    called after the gradients are summed over micro-batches and ranks, so that the norm
     is the true one. Groups frozen by a rate of 0 are left out: a gradient that moves nothing
     must not shrink those that do.
 
@@ -108,6 +117,28 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         for parameter in group["params"]
         if parameter.grad is not None
     ]
-    norm = get_total_norm([parameter.grad for parameter in moving if parameter.grad is not None])
-    clip_grads_with_norm_(moving, max_norm, norm)
+    grads = [parameter.grad for parameter in moving if parameter.grad is not None]
+    # In float32 whatever the gradients are in: a norm in bf16 has three digits.
+    norms = torch.stack(torch._foreach_norm(grads, 2.0, torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(norms)
+    if isinstance(optimizer, AdamW8bit):
+        optimizer.gradient_factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    else:
+        clip_grads_with_norm_(moving, max_norm, norm)
     return norm
+
+
+def read_master(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """The exact fp32 value of a trained parameter; the parameter itself where it is that."""
+    if isinstance(optimizer, AdamW8bit):
+        return optimizer.master(parameter)
+    return parameter.detach()
+
+
+@torch.no_grad()
+def write_master(optimizer: torch.optim.Optimizer, parameter: Tensor, value: Tensor) -> None:
+    """Give a trained parameter an exact fp32 value."""
+    if isinstance(optimizer, AdamW8bit):
+        optimizer.set_master(parameter, value)
+    else:
+        parameter.copy_(value)

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nexus_cli.core.distributed import World
+from nexus_cli.core.train.adamw_8bit import REMAINDER, AdamW8bit
+from nexus_cli.core.train.optim import read_master, write_master
 from nexus_cli.errors import ArtifactError
 from nexus_cli.io.hashing import sha256_file
 from nexus_cli.io.model_dir import read_json
@@ -32,8 +34,9 @@ class TrainingState:
             pure function of its number.
         tokens: counted tokens learned from so far.
         identity: settings and input digests that a run must share to go on from here.
-        masters: the fp32 weights that train, by name.
-        moments: AdamW's state, as ``<name>/<exp_avg|exp_avg_sq|step>``.
+        masters: the fp32 weights that train, by name, exact whatever the optimizer.
+        moments: the rest of the optimizer's state, as ``<name>/<exp_avg|exp_avg_sq|step>`` or
+            ``<name>/<step|first_N|...>`` (:class:`AdamW8bit`).
         anchor: what the weight averaging (SFA) pulls to; empty without it.
         rng: states of torch's random generators, as ``cpu.<rank>`` and ``cuda.<rank>``.
     """
@@ -101,14 +104,29 @@ def read_state(directory: Path) -> TrainingState:
     return TrainingState(counters["step"], counters["tokens"], counters["identity"], **parts)
 
 
+def exact_masters(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The fp32 masters by name: the parameters themselves, or, where split, on the CPU.
+
+    There, since for large models a second set does not fit beside the first.
+    """
+    masters = {}
+    for name, parameter in named.items():
+        master = read_master(optimizer, parameter)
+        masters[name] = master if parameter.dtype == torch.float32 else master.cpu()
+    return masters
+
+
 def optimizer_moments(
     optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name; the tensors are its own, not copies."""
+    """The optimizer's state beside the masters, by parameter name; its own tensors, no copies."""
     return {
         f"{name}/{key}": value
         for name, parameter in named.items()
         for key, value in optimizer.state.get(parameter, {}).items()
+        if key != REMAINDER
     }
 
 
@@ -121,27 +139,38 @@ def restore(
     """Put weights and moments back, exactly, on the devices of the parameters.
 
     Raises:
-        ArtifactError: the state is of other parameters.
+        ArtifactError: the state is of other parameters or of another optimizer.
     """
-    wanted = {f"{name}/{key}" for name in named for key in ("exp_avg", "exp_avg_sq", "step")}
-    if named.keys() != state.masters.keys() or wanted != state.moments.keys():
+    keys = {name: _moment_keys(optimizer, parameter) for name, parameter in named.items()}
+    if named.keys() != state.masters.keys():
         raise ArtifactError("the checkpoint's training state is of another set of parameters")
+    if {f"{name}/{key}" for name in named for key in keys[name]} != state.moments.keys():
+        raise ArtifactError("the checkpoint's training state is of another optimizer")
     for name, parameter in named.items():
         saved = state.masters[name]
         if saved.shape != parameter.shape:
             raise ArtifactError(f"the checkpoint's {name} has the shape {list(saved.shape)}")
-        parameter.copy_(saved)
+        write_master(optimizer, parameter, saved)
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     names = {id(parameter): name for name, parameter in named.items()}
     packed = optimizer.state_dict()
     packed["state"] = {
-        index: {
-            key: state.moments[f"{names[id(parameter)]}/{key}"]
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
+        index: packed["state"].get(index, {}) | _moments_of(state, names[id(parameter)])
         for index, parameter in enumerate(order)
     }
     optimizer.load_state_dict(packed)
+
+
+def _moments_of(state: TrainingState, name: str) -> dict[str, Tensor]:
+    parts = (key.rpartition("/") for key in state.moments)
+    return {key: state.moments[f"{name}/{key}"] for owner, _, key in parts if owner == name}
+
+
+def _moment_keys(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> list[str]:
+    """What the optimizer keeps of a parameter beside its master."""
+    if isinstance(optimizer, AdamW8bit):
+        return [key for key in optimizer.state[parameter] if key != REMAINDER]
+    return ["step", "exp_avg", "exp_avg_sq"]  # made in the first step
 
 
 def gather_rng(world: World) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,19 @@ from nexus_cli.core.train.checkpoints import save_checkpoint
 from nexus_cli.core.train.evaluation import HeldOut, evaluate
 from nexus_cli.core.train.feed import Feed, StepBatches
 from nexus_cli.core.train.loop import LoopSettings, Progress
-from nexus_cli.core.train.optim import Rates, build_optimizer
+from nexus_cli.core.train.optim import Rates, read_master, write_master
 from nexus_cli.core.train.precision import frozen_dtype, promote
 from nexus_cli.core.train.recompute import recompute_layers
-from nexus_cli.core.train.state import TrainingState, gather_rng, optimizer_moments
+from nexus_cli.core.train.state import (
+    TrainingState,
+    exact_masters,
+    gather_rng,
+    optimizer_moments,
+)
 from nexus_cli.core.train.step import DistillationStep, Objective, SourceWeights
 from nexus_cli.errors import ArtifactError, ResourceError
+from nexus_cli.pipeline.training.memory import spend_memory
+from nexus_cli.pipeline.training.optimizer import make_optimizer, require_exact_sums, splits
 from nexus_cli.pipeline.training.request import Request
 
 log = logging.getLogger(__name__)
@@ -45,7 +53,8 @@ class Models:
 
     Attributes:
         step: student and objective as one module.
-        masters: the fp32 parameters that train, by name.
+        masters: the parameters that train, by name: fp32, or bf16 where the optimizer keeps
+            what is missing to that.
         optimizer: over the masters.
         teacher: gives the signal of every batch.
         judge: the teacher to measure held-out text with; a store knows only its own text.
@@ -53,7 +62,7 @@ class Models:
 
     step: DistillationStep
     masters: dict[str, nn.Parameter]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     teacher: Teacher
     judge: Teacher
 
@@ -63,16 +72,25 @@ def load_models(request: Request, world: World, teacher_device: torch.device) ->
 
     Raises:
         ArtifactError: a model is damaged, or the student was not made from the teacher.
+        ConfigError: the optimizer cannot sum gradients as the step is split.
     """
+    require_exact_sums(request)
     config = request.config
     dtype = frozen_dtype(config.dtype, world.device)
-    student = load_model(request.student.path, device=world.device, dtype=dtype)
+    student = load_model(
+        request.student.path,
+        device=world.device,
+        dtype=dtype,
+        experts_backend=config.runtime.experts_backend,
+    )
     trained = original_routers(request.student.path)  # a student may be a checkpoint
     routers = frozen_routers(student) if config.router_trains or trained else {}
     for name, tensor in trained.items():
         routers[name.removeprefix("model.")].copy_(tensor)
-    masters = promote(student, trainable_names(student, train_router=config.router_trains))
-    if config.runtime.gradient_checkpointing:
+    names = trainable_names(student, train_router=config.router_trains)
+    masters = promote(student, names, split=splits(request))
+    engine = student.model.engine
+    if engine is None and config.runtime.gradient_checkpointing:
         recompute_layers(student)
     tell_trainables(masters)
     itself = SelfTeacher(student, router_logits=True, frozen=routers)
@@ -81,15 +99,12 @@ def load_models(request: Request, world: World, teacher_device: torch.device) ->
         teacher = StoreTeacher(request.store)
     elif request.teacher is not None:
         teacher = _model_teacher(request, student, dtype, teacher_device)
+    if engine is not None:
+        spend_memory(engine, request, masters, world.device)
     return Models(
         step=DistillationStep(student, _objective(request)).to(world.device),
         masters=masters,
-        optimizer=build_optimizer(
-            masters,
-            weight_decay=config.optimizer.weight_decay,
-            betas=(config.optimizer.beta1, config.optimizer.beta2),
-            epsilon=config.optimizer.epsilon,
-        ),
+        optimizer=make_optimizer(request, masters),
         teacher=teacher,
         judge=itself if request.store is not None else teacher,
     )
@@ -133,12 +148,19 @@ def loop_settings(request: Request, *, evaluates: bool) -> LoopSettings:
     )
 
 
-def make_anchor(request: Request, masters: Mapping[str, Tensor]) -> Anchor | None:
+def make_anchor(request: Request, models: Models) -> Anchor | None:
     """SFA's anchor at the weights as they are now, if the run uses it."""
     averaging = request.config.averaging
     if averaging.every is None:
         return None
-    return Anchor(masters, beta=averaging.beta, every=averaging.every, kind=averaging.anchor)
+    return Anchor(
+        models.masters,
+        beta=averaging.beta,
+        every=averaging.every,
+        kind=averaging.anchor,
+        read=partial(read_master, models.optimizer),
+        write=partial(write_master, models.optimizer),
+    )
 
 
 def make_save(
@@ -152,8 +174,9 @@ def make_save(
     """A function that writes a checkpoint of the run, called by all ranks together."""
     dtypes = _stored_dtypes(models.masters)
 
-    def write_model(target: Path, masters: Mapping[str, Tensor]) -> None:
-        tensors = {name: m.detach().to(dtypes[name]) for name, m in masters.items()}
+    def write_model(target: Path, _: Mapping[str, Tensor]) -> None:
+        # Not the exact masters: a split one is in the model as bf16, and goes out as it is.
+        tensors = {name: m.detach().to(dtypes[name]) for name, m in models.masters.items()}
         write_model_directory(target, request.student.path, tensors)
 
     def save(progress: Progress) -> str:
@@ -161,7 +184,7 @@ def make_save(
             step=progress.step,
             tokens=progress.tokens,
             identity=dict(mine),
-            masters=dict(models.masters),
+            masters=exact_masters(models.optimizer, models.masters) if world.is_main else {},
             moments=optimizer_moments(models.optimizer, models.masters),
             anchor=anchor.state_dict() if anchor is not None else {},
             rng=gather_rng(world),
@@ -219,7 +242,12 @@ def _model_teacher(
     request: Request, student: nn.Module, dtype: torch.dtype, device: torch.device
 ) -> ModelTeacher:
     assert request.teacher is not None
-    model = load_model(request.teacher.path, device=device, dtype=dtype)
+    model = load_model(
+        request.teacher.path,
+        device=device,
+        dtype=dtype,
+        experts_backend=request.config.runtime.experts_backend,
+    )
     wants_routers = any(weights.router > 0 for weights in request.weights)
     try:
         return ModelTeacher(model, student, router_logits=wants_routers)

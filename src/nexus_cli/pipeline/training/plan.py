@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,20 @@ from typing import Any
 import torch
 
 from nexus_cli.core.model.gpt_oss.surgery import ROUTER, SHARED_EXPERT
+from nexus_cli.core.train.checkpoints import WITH_STATE
 from nexus_cli.core.train.precision import frozen_dtype
 from nexus_cli.errors import ResourceError
 from nexus_cli.io import console, model_dir, tensor_files
 from nexus_cli.io.tensor_files import Tensor
-from nexus_cli.pipeline.capacity import free_disk, free_memory, gib
+from nexus_cli.pipeline.capacity import free_disk, free_memory, gib, tensor_bytes
+from nexus_cli.pipeline.model_memory import EngineOnDisk, Placement
+from nexus_cli.pipeline.training.memory import SPARE, Needs, available, plan_layers
+from nexus_cli.pipeline.training.optimizer import (
+    cast_numbers,
+    require_exact_sums,
+    state_bytes,
+    training_bytes,
+)
 from nexus_cli.pipeline.training.request import Request
 
 LOGIT_BUFFERS = 4  # float32 [chunk, vocabulary] that the head loss holds at its peak
@@ -24,44 +34,58 @@ class Memory:
     """Bytes on the student's device, by what they are for.
 
     Attributes:
-        weights: frozen weights, experts packed.
+        weights: frozen weights, experts packed or decoded.
         training: masters, gradients, moments and the anchor of what trains.
-        activations: kept for the backward pass of one micro-batch; an estimate.
+        activations: kept for the backward pass of one micro-batch; without the engine an estimate.
         head: logits of one chunk of positions, and the gradient of the hidden states.
+        teacher: weights of a teacher model on the same device; counted with the engine alone.
+        engine: what the engine takes besides: a layer's peak, layers kept decoded, what is spare.
     """
 
     weights: int
     training: int
     activations: int
     head: int
+    teacher: int = 0
+    engine: int = 0
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.training + self.activations + self.head
+        held = self.weights + self.training + self.activations + self.head
+        return held + self.teacher + self.engine
 
 
-def describe(request: Request, directory: Path, device: torch.device) -> None:
+def describe(
+    request: Request, directory: Path, device: torch.device, teacher_device: torch.device
+) -> None:
     """Print the plan.
 
     Raises:
         ResourceError: memory or disk do not suffice.
+        ConfigError: the optimizer cannot sum gradients as the step is split.
     """
+    require_exact_sums(request)
     tensors = tensor_files.tensors(request.student.path)
     trained = count_trained(tensors, train_router=request.config.router_trains)
-    memory = estimate_memory(request, tensors, sum(trained.values()), device)
-    disk = checkpoint_bytes(sum(trained.values()), request.config.runtime.keep_last)
-    free, room = free_memory(device), free_disk(directory)
+    sizes = trained_sizes(tensors, train_router=request.config.router_trains)
+    disk, room = checkpoint_bytes(request, sizes), free_disk(directory)
+    kept: list[tuple[str, str]] = []
+    if _placement(request, device).has_engine:
+        free = available(device, request.config.runtime.memory_gib)
+        beside = teacher_device == device
+        memory, lines = plan_engine(request, tensors, sizes, device, free, teacher_beside=beside)
+        kept = [(line.partition(": ")[0], line.partition(": ")[2]) for line in lines]
+    else:
+        free, memory = free_memory(device), estimate_memory(request, tensors, sizes, device)
     console.result_table(
         f"nexus {request.command} would",
         ("what", "value"),
         [
             *_work(request, directory),
             *((f"train {kind}", f"{count:,} parameters") for kind, count in trained.items()),
-            ("hold frozen weights", gib(memory.weights)),
-            ("hold masters, gradients, moments", gib(memory.training)),
-            ("hold activations (estimate)", gib(memory.activations)),
-            ("hold logits of a chunk", gib(memory.head)),
+            *_holdings(memory),
+            *kept,
             ("need in all", f"{gib(memory.total)} of {gib(free)} free on {device}"),
             ("write checkpoints", f"{gib(disk)} of {gib(room)} free"),
         ],
@@ -76,6 +100,19 @@ def describe(request: Request, directory: Path, device: torch.device) -> None:
             f"the checkpoints need {gib(disk)}, and {gib(room)} are free at {directory}",
             hint="lower --keep-last, or choose another --output-dir",
         )
+
+
+def _holdings(memory: Memory) -> list[tuple[str, str]]:
+    guess = "" if memory.engine else " (estimate)"
+    rows = [
+        ("hold frozen weights", memory.weights),
+        ("hold the teacher's weights", memory.teacher),
+        ("hold masters, gradients, moments", memory.training),
+        (f"hold activations{guess}", memory.activations),
+        ("hold logits of a chunk", memory.head),
+        ("set aside for the engine", memory.engine),
+    ]
+    return [(label, gib(count)) for label, count in rows if count]
 
 
 def steps_sentence(request: Request) -> str:
@@ -128,31 +165,92 @@ def count_trained(tensors: dict[str, Tensor], *, train_router: bool) -> dict[str
     return counts
 
 
-def estimate_memory(
-    request: Request, tensors: dict[str, Tensor], trained: int, device: torch.device
-) -> Memory:
-    """Bytes that a run takes on the student's device."""
-    config = request.config
-    wide = torch.finfo(frozen_dtype(config.dtype, device)).bits // 8
-    weights = sum(
-        tensor.size * (1 if tensor.dtype == "U8" else wide)
+def trained_sizes(tensors: dict[str, Tensor], *, train_router: bool) -> list[int]:
+    """Numbers in each tensor that would train."""
+    return [
+        tensor.size
         for name, tensor in tensors.items()
-        if not SHARED_EXPERT.fullmatch(name)
+        if SHARED_EXPERT.fullmatch(name) or (train_router and ROUTER.fullmatch(name))
+    ]
+
+
+def plan_engine(
+    request: Request,
+    tensors: dict[str, Tensor],
+    sizes: Sequence[int],
+    device: torch.device,
+    free: int,
+    *,
+    teacher_beside: bool,
+) -> tuple[Memory, list[str]]:
+    """What a run through the engine takes of ``free`` bytes, and what it keeps, in lines.
+
+    The same sums as :func:`~nexus_cli.pipeline.training.memory.spend_memory` does once the
+    models are loaded.
+
+    Args:
+        request: the run.
+        tensors: of the student's folder.
+        sizes: of what trains.
+        device: the student's.
+        free: bytes to be had there before anything is loaded.
+        teacher_beside: whether a teacher model goes to the same device.
+
+    Raises:
+        ResourceError: not even the layers' inputs fit.
+    """
+    place = _placement(request, device)
+    weights = _frozen_bytes(tensors, place)
+    teacher = 0
+    if request.teacher is not None and teacher_beside:
+        teacher = place.weight_bytes(request.teacher.path)
+    engine = EngineOnDisk(request.student.path, place.backend)
+    needs = Needs.of(engine, request, sizes)
+    plan = plan_layers(engine, request, needs, free=free - weights - teacher, device=device)
+    memory = Memory(
+        weights=weights,
+        training=needs.training,
+        activations=plan.activations.activation_bytes,
+        head=needs.head,
+        teacher=teacher,
+        engine=needs.peak + needs.graphs + plan.activations.decoded_bytes + SPARE,
     )
-    copies = 4 + (1 if config.averaging.every else 0)  # master, gradient, two moments, anchor
+    return memory, plan.describe()
+
+
+def estimate_memory(
+    request: Request, tensors: dict[str, Tensor], sizes: Sequence[int], device: torch.device
+) -> Memory:
+    """Bytes that a run takes on the student's device, training tensors of these sizes."""
+    config, place = request.config, _placement(request, device)
+    wide, weights = place.dtype.itemsize, _frozen_bytes(tensors, place)
     model = model_dir.read_config(request.student.path)
     positions = request.batch_size * request.seq_len
     layers = request.shape.num_layers
     kept = _layer_bytes(request, model, wide) * positions
+    cast = cast_numbers(request, sizes, wide)
     if config.runtime.gradient_checkpointing:
         kept += (layers - 1) * positions * request.shape.hidden_size * wide
-        kept += wide * trained // layers  # masters as they are cast on use
+        kept += wide * cast // layers  # masters as they are cast on use
     else:
-        kept = kept * layers + wide * trained
+        kept = kept * layers + wide * cast
     chunk = min(config.runtime.head_chunk, positions)
     head = LOGIT_BUFFERS * 4 * chunk * request.shape.vocab_size
     head += 2 * positions * request.shape.hidden_size * wide
-    return Memory(weights, 4 * copies * trained, kept, head)
+    return Memory(weights, training_bytes(request, sizes), kept, head)
+
+
+def _placement(request: Request, device: torch.device) -> Placement:
+    dtype = frozen_dtype(request.config.dtype, device)
+    return Placement(device, dtype, request.config.runtime.experts_backend)
+
+
+def _frozen_bytes(tensors: dict[str, Tensor], place: Placement) -> int:
+    return sum(
+        tensor_bytes(name, tensor, place.dtype, decoded=place.decodes_all)
+        for name, tensor in tensors.items()
+        if not SHARED_EXPERT.fullmatch(name)
+    )
 
 
 def _layer_bytes(request: Request, model: dict[str, Any], wide: int) -> int:
@@ -166,6 +264,7 @@ def _layer_bytes(request: Request, model: dict[str, Any], wide: int) -> int:
     return wide * (numbers + 3 * heads * request.seq_len)
 
 
-def checkpoint_bytes(trained: int, keep_last: int) -> int:
-    """Disk for the kept checkpoints: bf16 tensors, and fp32 state in the newest two."""
-    return keep_last * 2 * trained + min(keep_last, 2) * 12 * trained
+def checkpoint_bytes(request: Request, sizes: Sequence[int]) -> int:
+    """Disk for the kept checkpoints: bf16 tensors, and the training state in the newest two."""
+    keep_last = request.config.runtime.keep_last
+    return keep_last * 2 * sum(sizes) + min(keep_last, WITH_STATE) * state_bytes(request, sizes)

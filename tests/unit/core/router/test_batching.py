@@ -1,7 +1,12 @@
 import numpy as np
 import pytest
 
-from nexus_cli.core.router.batching import PAD_MULTIPLE, make_batch, plan_batches
+from nexus_cli.core.router.batching import (
+    PAD_MULTIPLE,
+    make_batch,
+    padded_length,
+    plan_batches,
+)
 
 
 def test_every_sequence_is_in_one_batch_and_the_longest_come_first():
@@ -9,7 +14,25 @@ def test_every_sequence_is_in_one_batch_and_the_longest_come_first():
     batches = plan_batches(lengths, 3)
     assert sorted(index for batch in batches for index in batch) == list(range(7))
     assert [lengths[index] for batch in batches for index in batch] == sorted(lengths)[::-1]
-    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert [len(batch) for batch in batches] == [3, 4]  # 3 x 64 tokens, and 4 of 6 x 32
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_batches_of_short_sequences_hold_more_of_them_in_the_same_memory(batch_size):
+    rng = np.random.default_rng(0)
+    lengths = [512, *rng.integers(10, 513, 1000).tolist()]
+    batches = plan_batches(lengths, batch_size)
+    most = batch_size * 512
+    assert len(batches[0]) == batch_size
+    for place, batch in enumerate(batches):
+        longest = padded_length(max(lengths[index] for index in batch))
+        assert len(batch) * longest <= most
+        if place < len(batches) - 1:
+            assert (len(batch) + 1) * longest > most
+
+
+def test_no_sequence_makes_no_batch():
+    assert plan_batches([], 4) == []
 
 
 def test_the_listed_rows_are_the_real_tokens():

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from nexus_cli.core.router import accumulate as accumulation
 from nexus_cli.core.router.accumulate import MomentAccumulator
 from nexus_cli.core.router.moments import Reservoir, RouterMoments, token_keys
 
@@ -129,6 +130,49 @@ def test_the_reservoir_holds_whole_tokens_with_the_smallest_keys():
     np.testing.assert_array_equal(found.keys_R, keys[kept])
     expected = stacked[torch.from_numpy(kept)].double().softmax(-1).half()
     np.testing.assert_array_equal(found.probability_RLE, expected.numpy())
+
+
+def test_samples_that_are_fetched_early_or_late_are_the_same(monkeypatch):
+    batches = [(100 * i, logits(i)) for i in range(7)]
+    late = accumulate(batches)
+    monkeypatch.setattr(accumulation, "WAITING_BYTES", 0)
+    early = accumulate(batches)
+    assert_same(early, late, rtol=0)
+    # Also where the sample is read in between, and goes on.
+    accumulator = MomentAccumulator(zeros(), CPU)
+    for offset, layers in batches:
+        keys = token_keys(offset + np.arange(40), np.ones(40, np.int64), seed=0)
+        accumulator.add(layers, torch.arange(40), torch.empty(0, dtype=torch.int64), keys)
+        accumulator.moments()
+    assert_same(accumulator.moments(), late, rtol=0)
+
+
+def test_a_sample_of_no_token_and_a_pass_of_no_token():
+    empty = torch.empty(0, dtype=torch.int64)
+    accumulator = MomentAccumulator(zeros(reservoir=0), CPU)
+    accumulator.add(logits(0), empty, torch.arange(40), np.empty(0, np.uint64))
+    found = accumulator.moments()
+    assert (found.body.tokens, found.first.tokens) == (0, 40)
+    assert found.reservoir.probability_RLE.shape == (0, LAYERS, EXPERTS)
+    np.testing.assert_array_equal(found.first.top1_LE.sum(axis=1), 40)
+    assert not found.body.topk_LE.any()
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_layers_may_be_worked_on_one_by_one_or_together(layers, monkeypatch):
+    monkeypatch.setattr(accumulation, "GROUP_NUMBERS_CPU", 10**9)
+    together = accumulate([(0, logits(0))])
+    monkeypatch.setattr(accumulation, "GROUP_NUMBERS_CPU", layers * 40 * EXPERTS)
+    assert_same(accumulate([(0, logits(0))]), together)
+
+
+def test_experts_are_counted_whose_weight_is_too_small_for_a_number():
+    rows = torch.zeros(5, EXPERTS)
+    rows[:, 0] = 1e6  # the second expert's weight underflows to 0; it is chosen all the same
+    found = accumulate([(0, [rows] * LAYERS)]).body
+    np.testing.assert_array_equal(found.topk_LE.sum(axis=1), 5 * TOP_K)
+    np.testing.assert_array_equal(found.top1_LE[:, 0], 5)
+    np.testing.assert_array_equal(found.weight_LE[:, 0], 5.0)
 
 
 def test_keys_are_distinct_seeded_and_uniform():

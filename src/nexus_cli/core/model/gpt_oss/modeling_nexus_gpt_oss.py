@@ -2,7 +2,8 @@
 """GPT-OSS with packed MXFP4 experts and a shared expert that is always active.
 
 This one file travels with every model that Nexus writes, so it needs torch and transformers
-and nothing else: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``.
+and nothing else: ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``. Where
+Nexus is installed, bf16 models on a CUDA device run their experts through its kernels.
 
     y = MoE(x) + g * S(x)
 
@@ -34,6 +35,11 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
     GptOssRotaryEmbedding,
 )
 from transformers.utils.generic import can_return_tuple
+
+try:  # kernels for packed experts, where Nexus is installed
+    from nexus_cli.core.model.gpt_oss.engine.operators import routed_experts
+except ModuleNotFoundError:
+    routed_experts = None  # type: ignore[assignment]
 
 # Shape letters: B batch, S sequence, T = B*S tokens, H hidden, I expert width, E experts,
 # K experts a token, R = T*K routed rows sorted by expert, V vocabulary.
@@ -261,6 +267,8 @@ class PackedExperts(nn.Module):
             config.intermediate_size,
         )
         self.limit = getattr(config, "swiglu_limit", 7.0)
+        self.backend = "auto"  # or torch, dequant, fused
+        self.decoded: Any = None  # a function in its place, where the packed bytes are given up
         self.gate_up_proj_blocks = _bytes(experts, 2 * width, hidden // FP4_BLOCK, 16)
         self.gate_up_proj_scales = _bytes(experts, 2 * width, hidden // FP4_BLOCK)
         self.gate_up_proj_bias = nn.Parameter(torch.zeros(experts, 2 * width), requires_grad=False)
@@ -269,8 +277,15 @@ class PackedExperts(nn.Module):
         self.down_proj_bias = nn.Parameter(torch.zeros(experts, hidden), requires_grad=False)
 
     def forward(self, x_TH: Tensor, scores_TK: Tensor, experts_TK: Tensor) -> Tensor:
-        """The routed sum ``[T, H]``, in the input's dtype."""
-        routed: Tensor = FrozenExperts.apply(
+        """The routed sum ``[T, H]``, in the input's dtype.
+
+        On a CUDA device in bf16 it runs through Nexus's kernels if Nexus is installed and
+        ``backend`` is not ``torch``; everywhere else as :class:`FrozenExperts`.
+        """
+        if self.decoded is not None:
+            decoded: Tensor = self.decoded(x_TH, scores_TK, experts_TK)
+            return decoded
+        arguments = (
             x_TH,
             scores_TK,
             experts_TK,
@@ -280,6 +295,10 @@ class PackedExperts(nn.Module):
             self.down_proj_bias,
             self.limit,
         )
+        kernels = routed_experts is not None and self.backend != "torch"
+        if kernels and x_TH.is_cuda and x_TH.dtype == torch.bfloat16:
+            return routed_experts(*arguments, backend=self.backend)
+        routed: Tensor = FrozenExperts.apply(*arguments)
         return routed
 
 
@@ -388,6 +407,7 @@ class NexusGptOssModel(NexusGptOssPreTrainedModel):
         self.norm = GptOssRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = GptOssRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.engine: Any = None  # Nexus's fused layers, where it attached them
         self.post_init()
 
     def forward(
@@ -429,6 +449,16 @@ class NexusGptOssModel(NexusGptOssPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(seen, seen + x_BSH.shape[1], device=x_BSH.device)[None]
+        plain = output_hidden_states or past_key_values is not None or attention_mask is not None
+        if self.engine is not None and not plain:
+            run: MoeModelOutputWithPast = self.engine.run(
+                self,
+                x_BSH,
+                position_ids,
+                shared_experts=shared_experts,
+                output_router_logits=bool(output_router_logits),
+            )
+            return run
         masks = self._masks(x_BSH, attention_mask, past_key_values, position_ids)
         position_embeddings = self.rotary_emb(x_BSH, position_ids)
         hidden: list[Tensor] = []
