@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -38,28 +40,6 @@ def test_a_gpu_counts_what_a_cpu_counts():
     np.testing.assert_array_equal(host.reservoir.keys_R, gpu.reservoir.keys_R)
 
 
-@pytest.mark.parametrize(
-    ("layers", "experts", "most_ms"), [(24, 32, 500), (36, 128, 2500)], ids=["20b", "120b"]
-)
-def test_a_million_tokens_are_counted_in_a_small_part_of_their_forward_pass(
-    layers, experts, most_ms
-):
-    # 61 passes of 16,384 tokens; the forward pass of the 20B takes about 13 seconds for them.
-    device = torch.device("cuda")
-    accumulator = MomentAccumulator(RouterMoments.zeros(layers, experts, TOP_K, 4096), device)
-    logits = torch.randn(16_384, experts, device=device, dtype=torch.bfloat16)
-    body, first = torch.arange(32, 16_384, device=device), torch.arange(32, device=device)
-    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    for number in range(62):
-        if number == 1:
-            start.record()
-        keys = token_keys(np.arange(16_352) + 16_384 * number, np.ones(16_352, np.int64), seed=0)
-        accumulator.add([logits] * layers, body, first, keys)
-    stop.record()
-    torch.cuda.synchronize()
-    assert start.elapsed_time(stop) < most_ms
-
-
 def test_adding_does_not_wait_for_the_device():
     device = torch.device("cuda")
     sequences = [np.arange(100, dtype=np.int32) + i for i in range(8)]
@@ -71,8 +51,9 @@ def test_adding_does_not_wait_for_the_device():
         accumulator.add(layers, batch.body_N, batch.first_B, batch.keys_N)
 
     add(0)  # libraries may wait when they are loaded
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings(action="ignore"):  # the mode says that it is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         add(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")

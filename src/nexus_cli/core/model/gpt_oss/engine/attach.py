@@ -45,6 +45,9 @@ from nexus_cli.core.model.gpt_oss.engine.shared import SharedExpert
 # Shape letters in this file: B sequences, S positions, T = B * S tokens, H hidden.
 
 
+CHUNKS = 4  # in which a layer's experts are decoded where memory is short
+
+
 @dataclass(frozen=True)
 class EnginePlan:
     """What the engine does with micro-batches of one size.
@@ -74,6 +77,7 @@ class Engine:
         packed: their experts as the checkpoint holds them.
         experts: the modules that hold those, for the model's own forward.
         backend: of the experts.
+        workspace: that the layers decode into.
     """
 
     def __init__(
@@ -83,12 +87,14 @@ class Engine:
         packed: Sequence[PackedWeights],
         experts: Sequence[Any],
         backend: Backend,
+        workspace: Workspace | None = None,
     ) -> None:
         self.backend = backend
         self._config = config
         self._layers = list(layers)
         self._packed = list(packed)
         self._experts = list(experts)
+        self._workspace = workspace or Workspace()
         self.kept: tuple[Kept, ...] = (EVERYTHING,) * len(layers)
         self._captured: tuple[int, int] | None = None
         self._accumulates = False
@@ -114,7 +120,8 @@ class Engine:
         rows = tokens * config.num_experts_per_tok
         routed = rows * 2 * (5 * config.intermediate_size + 2 * config.hidden_size)
         dense = tokens * 2 * (8 * config.hidden_size + 4 * config.intermediate_size)
-        decoded = 2 * 2 * config.intermediate_size * config.hidden_size * config.num_local_experts
+        at_once = self._workspace.chunk or config.num_local_experts
+        decoded = 2 * 2 * config.intermediate_size * config.hidden_size * at_once
         fused = self.backend in ("fused", "torch", "bf16") or (
             self.backend == "auto" and prefers_fused(rows, config.num_local_experts)
         )
@@ -131,13 +138,14 @@ class Engine:
             ValueError: not even the layers' inputs fit; the message has the numbers.
         """
         config, count = self._config, len(self._layers)
-        plan = plan_activations(
-            self.layer_bytes,
-            layers=count,
-            tokens=tokens,
-            budget=budget_bytes,
-            decoded_bytes_a_layer=self._decoding_bytes(tokens),
-        )
+        self._workspace.chunk = None
+        plan = self._plan_activations(tokens, budget_bytes)
+        if plan is None or not all(kept.gate_up for kept in plan.kept):
+            # Memory is short: decode a quarter of the experts at a time, and keep more for it.
+            whole = self.transient_bytes(tokens)
+            self._workspace.chunk = -(-config.num_local_experts // CHUNKS)
+            saved = whole - self.transient_bytes(tokens)
+            plan = self._plan_activations(tokens, budget_bytes + saved)
         if plan is None:
             need = count * self.layer_bytes.input * tokens
             raise ValueError(
@@ -148,6 +156,15 @@ class Engine:
         self.decode(plan.decoded_layers)
         words = describe(self.backend, tokens, config.num_experts_per_tok, config.num_local_experts)
         return EnginePlan(words, plan)
+
+    def _plan_activations(self, tokens: int, budget_bytes: int) -> ActivationPlan | None:
+        return plan_activations(
+            self.layer_bytes,
+            layers=len(self._layers),
+            tokens=tokens,
+            budget=budget_bytes,
+            decoded_bytes_a_layer=self._decoding_bytes(tokens),
+        )
 
     def plan_forward(self, *, tokens: int, budget_bytes: int) -> str:
         """Decode experts where memory is left, for passes of ``tokens`` without gradients.
@@ -323,7 +340,7 @@ def attach_engine(model: Any, *, experts_backend: Backend = "auto") -> Engine:
         )
     ]
     experts = [layer.mlp.experts for layer in model.model.layers]
-    engine = Engine(model.config, layers, packed, experts, experts_backend)
+    engine = Engine(model.config, layers, packed, experts, experts_backend, workspace)
     if experts_backend == "bf16":
         engine.decode(len(layers))
     else:
