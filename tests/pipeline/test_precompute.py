@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import signal
@@ -351,16 +352,8 @@ def test_more_entries_than_the_vocabulary_has_are_refused(settings, tmp_path):
 
 
 def test_a_teacher_that_gives_no_numbers_is_refused(settings, model, tmp_path, monkeypatch):
-    class Broken(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.config, self.lm_head = model.config, model.lm_head
-
-        def model(self, **arguments):
-            said = model.model(**arguments)
-            said.last_hidden_state = said.last_hidden_state * torch.nan
-            return said
-
-    monkeypatch.setattr(precompute, "load_model", lambda *_, **__: Broken())
+    broken = copy.deepcopy(model)
+    broken.model.norm.weight.data.fill_(torch.nan)
+    monkeypatch.setattr(precompute, "load_model", lambda *_, **__: broken)
     with pytest.raises(ArtifactError, match="not numbers"):
         precompute.run(settings(num_steps=1), Workspace(tmp_path))
