@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Any
 
 import torch
@@ -40,10 +41,15 @@ class ModelTeacher:
         self._device = model.lm_head.weight.device
         self._student_device = student.lm_head.weight.device
         self._router_logits = router_logits
+        self._one_at_a_time = Lock()  # layers share a buffer, and a thread may run ahead
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> DenseSignal:
         """The original model's view of ``batch``, on the student's device."""
+        with self._one_at_a_time:
+            return self._signal(batch)
+
+    def _signal(self, batch: Batch) -> DenseSignal:
         out = self._model.model(
             input_ids=batch.input_ids_BS.to(self._device, non_blocking=True),
             position_ids=batch.position_ids_BS.to(self._device, non_blocking=True),

@@ -51,7 +51,10 @@ class Needs:
         chunk = min(request.config.runtime.head_chunk, positions)
         peak = engine.transient_bytes(positions)
         graphs = peak if captures(engine, request) else 0
-        if graphs and request.config.gradient_accumulation_steps > 1:
+        if request.teacher is not None and _shares_device(request):
+            peak *= 2  # a teacher on the same GPU runs ahead of the student's backward pass
+        summed = request.config.gradient_accumulation_steps > 1 or request.world_size > 1
+        if graphs and summed:
             graphs += GRADIENT * sum(sizes)
         return cls(
             training=training_bytes(request, sizes),
@@ -71,8 +74,13 @@ def captures(engine: Engine, request: Request) -> bool:
     """Whether the layers of a run's micro-batches are replayed as CUDA graphs."""
     runtime = request.config.runtime
     small = request.batch_size * request.seq_len <= MAX_TOKENS
-    eager = engine.backend == "torch" or runtime.gradient_checkpointing
+    eager = engine.waits_for_host or runtime.gradient_checkpointing
     return runtime.cuda_graphs and small and not eager
+
+
+def _shares_device(request: Request) -> bool:
+    runtime = request.config.runtime
+    return runtime.teacher_device in (None, runtime.device)
 
 
 def spend_memory(

@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from nexus_cli.core.model.gpt_oss.engine.attach import attach_engine
-from nexus_cli.core.model.gpt_oss.engine.policy import Backend
+from nexus_cli.core.model.gpt_oss.engine.policy import Backend, kernels_run_on
 from nexus_cli.core.model.gpt_oss.modeling_nexus_gpt_oss import (
     NexusGptOssConfig,
     NexusGptOssForCausalLM,
@@ -69,10 +69,11 @@ def load_model(
         ArtifactError: weights are missing, unknown, damaged or of another shape.
     """
     device = torch.device(device)
-    fast = runs_engine(device, dtype)
+    fast = runs_engine(device, dtype) and kernels_run_on(device)
     if not fast and experts_backend not in ("auto", "torch"):
         raise ConfigError(
-            f"the experts' backend {experts_backend} runs in bfloat16 on a CUDA device, not in "
+            f"the experts' backend {experts_backend} runs in bfloat16 on an NVIDIA GPU from Ampere "
+            "on with triton installed, not in "
             f"{str(dtype).removeprefix('torch.')} on {device}",
             hint="leave out --experts-backend, or use --device cuda",
         )

@@ -38,7 +38,7 @@ from transformers.utils.generic import can_return_tuple
 
 try:  # kernels for packed experts, where Nexus is installed
     from nexus_cli.core.model.gpt_oss.engine.operators import routed_experts
-except ModuleNotFoundError:
+except ImportError:
     routed_experts = None  # type: ignore[assignment]
 
 # Shape letters: B batch, S sequence, T = B*S tokens, H hidden, I expert width, E experts,

@@ -31,6 +31,7 @@ def test_short_memory_decodes_a_quarter_of_the_experts_at_a_time(engine):
     engine.plan_training(tokens=tokens, budget_bytes=1 * GIB)
     assert engine.kept != (EVERYTHING,) * 2
     assert whole - engine.transient_bytes(tokens) == 2 * 2 * 2880 * 2880 * (32 - 8)
+    assert engine.waits_for_host  # for the rows of each piece: no CUDA graph can
     engine.plan_training(tokens=tokens, budget_bytes=40 * GIB)
     assert engine.transient_bytes(tokens) == whole
 
@@ -40,6 +41,8 @@ def test_few_rows_need_no_buffer_and_decode_no_layer(engine):
     assert plan.activations.decoded_layers == 0
     assert "fused" in plan.describe()[0]
     assert engine.transient_bytes(512) < 2**28
+    engine.plan_training(tokens=512, budget_bytes=2**25)  # too little, and nothing to decode
+    assert not engine.waits_for_host
 
 
 def test_forward_passes_decode_what_fits(engine):

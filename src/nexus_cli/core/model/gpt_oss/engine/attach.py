@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from nexus_cli.core.kernels.mxfp4_decode import order_scales
+from nexus_cli.core.model.gpt_oss.engine.device import on_device_of
 from nexus_cli.core.model.gpt_oss.engine.experts import RoutedBlock
 from nexus_cli.core.model.gpt_oss.engine.graphs import ForwardGraph, Stack, TrainingGraph
 from nexus_cli.core.model.gpt_oss.engine.layer import FrozenLayer, decoder_layer
@@ -28,6 +29,7 @@ from nexus_cli.core.model.gpt_oss.engine.operators import routed_sum
 from nexus_cli.core.model.gpt_oss.engine.policy import (
     Backend,
     describe,
+    fast_grouped_mm,
     make_products,
     prefers_decoded,
     prefers_fused,
@@ -96,9 +98,15 @@ class Engine:
         self._experts = list(experts)
         self._workspace = workspace or Workspace()
         self.kept: tuple[Kept, ...] = (EVERYTHING,) * len(layers)
+        self.slow_grouped = False
         self._captured: tuple[int, int] | None = None
         self._accumulates = False
         self._graphs: dict[tuple[Any, ...], Any] = {}
+
+    @property
+    def waits_for_host(self) -> bool:
+        """Whether a product reads row counts on the host, which no CUDA graph can."""
+        return self.backend == "torch" or self._workspace.chunk is not None or self.slow_grouped
 
     @property
     def layer_bytes(self) -> LayerBytes:
@@ -145,6 +153,8 @@ class Engine:
             whole = self.transient_bytes(tokens)
             self._workspace.chunk = -(-config.num_local_experts // CHUNKS)
             saved = whole - self.transient_bytes(tokens)
+            if not saved:  # nothing is decoded for so few rows
+                self._workspace.chunk = None
             plan = self._plan_activations(tokens, budget_bytes + saved)
         if plan is None:
             need = count * self.layer_bytes.input * tokens
@@ -201,7 +211,8 @@ class Engine:
             layer = self._layers[index]
             if isinstance(layer.block.products, Bf16Products):
                 continue
-            decoded = DecodedWeights.of(self._packed[index])
+            with on_device_of(self._packed[index].gate_up_blocks):
+                decoded = DecodedWeights.of(self._packed[index])
             _free(self._packed[index])
             block = replace(layer.block, products=Bf16Products(decoded))
             self._layers[index] = replace(layer, block=block)
@@ -226,6 +237,17 @@ class Engine:
             shared_experts: ``False`` leaves them out.
             output_router_logits: return every layer's ``[T, E]``.
         """
+        with on_device_of(x_BSH):
+            normed, logits = self._run(model, x_BSH, position_ids_BS, shared_experts=shared_experts)
+        return MoeModelOutputWithPast(
+            last_hidden_state=normed.view_as(x_BSH),
+            router_logits=tuple(logits) if output_router_logits else None,  # type: ignore[arg-type]
+        )
+
+    def _run(
+        self, model: Any, x_BSH: Tensor, position_ids_BS: Tensor, *, shared_experts: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The final norm's output ``[T, H]`` and the routers' logits, launched or replayed."""
         batch, length, _ = x_BSH.shape
         parameters = trained_parameters(model, shared_experts=shared_experts)
         needs = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
@@ -250,10 +272,7 @@ class Engine:
             normed, *logits = self._training_graph(stack, inputs, parameters).run(inputs)
         else:
             normed, *logits = self._forward_graph(stack, inputs, parameters).run(inputs)
-        return MoeModelOutputWithPast(
-            last_hidden_state=normed.view_as(x_BSH),
-            router_logits=tuple(logits) if output_router_logits else None,  # type: ignore[arg-type]
-        )
+        return normed, logits
 
     def capture(self, batch: int, length: int, *, accumulates: bool) -> None:
         """Run micro-batches of this one shape as CUDA graphs from now on.
@@ -341,6 +360,8 @@ def attach_engine(model: Any, *, experts_backend: Backend = "auto") -> Engine:
     ]
     experts = [layer.mlp.experts for layer in model.model.layers]
     engine = Engine(model.config, layers, packed, experts, experts_backend, workspace)
+    grouped = experts_backend in ("dequant", "bf16")
+    engine.slow_grouped = grouped and not fast_grouped_mm(weight.device)
     if experts_backend == "bf16":
         engine.decode(len(layers))
     else:

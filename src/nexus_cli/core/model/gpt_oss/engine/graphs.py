@@ -95,9 +95,16 @@ class TrainingGraph:
         for place, grad in zip(self._incoming, grads, strict=True):
             place.zero_() if grad is None else place.copy_(grad)
         self._backward.replay()
-        if self._copies:
-            return [None if grad is None else grad.clone() for grad in self._gradients]
-        return [None if grad is None else grad.detach() for grad in self._gradients]
+        # A first gradient becomes the parameter's own, so the next replay must not write there;
+        # later ones are added to it at once.
+        return [
+            None
+            if grad is None
+            else grad.clone()
+            if self._copies and parameter.grad is None
+            else grad.detach()
+            for parameter, grad in zip(self._parameters, self._gradients, strict=True)
+        ]
 
     def _differentiate(self, outputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         grads = getattr(self, "_incoming", None) or [torch.zeros_like(out) for out in outputs]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nexus_cli.core.kernels.routing import Routing, sort_by_expert
 from nexus_cli.core.kernels.rows import combine_rows
+from nexus_cli.core.model.gpt_oss.engine.device import on_device_of
 from nexus_cli.core.model.gpt_oss.engine.experts import (
     RoutedBlock,
     experts_backward,
@@ -51,11 +52,12 @@ def routed_experts_parts(
     packed = PackedWeights(
         gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias, limit
     )
-    routing = sort_by_expert(experts_TK, len(gate_up_blocks))
-    rows_RH, gate_up_RI = experts_forward(_block(packed, backend), x_TH, routing)
-    out_TH = combine_rows(
-        rows_RH, routing, scores_TK=scores_TK, experts_TK=experts_TK.int(), bias_EH=down_bias
-    )
+    with on_device_of(x_TH):
+        routing = sort_by_expert(experts_TK, len(gate_up_blocks))
+        rows_RH, gate_up_RI = experts_forward(_block(packed, backend), x_TH, routing)
+        out_TH = combine_rows(
+            rows_RH, routing, scores_TK=scores_TK, experts_TK=experts_TK.int(), bias_EH=down_bias
+        )
     return out_TH, gate_up_RI, *routing.vectors
 
 
@@ -101,16 +103,17 @@ def routed_experts_backward(
         gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias, limit
     )
     sorted_rows = Routing.of(routing, experts_TK.shape[1])
-    grads = experts_backward(
-        _block(packed, backend),
-        grad_TH.contiguous(),
-        gate_up_RI,
-        scores_TK,
-        experts_TK,
-        sorted_rows,
-    )
-    assert grads.rows_RH is not None
-    return combine_rows(grads.rows_RH, sorted_rows), grads.scores_TK.to(scores_TK.dtype)
+    with on_device_of(grad_TH):
+        grads = experts_backward(
+            _block(packed, backend),
+            grad_TH.contiguous(),
+            gate_up_RI,
+            scores_TK,
+            experts_TK,
+            sorted_rows,
+        )
+        assert grads.rows_RH is not None
+        return combine_rows(grads.rows_RH, sorted_rows), grads.scores_TK.to(scores_TK.dtype)
 
 
 @routed_experts_backward.register_fake
@@ -182,13 +185,20 @@ def routed_experts(
 
 
 def routed_sum(block: RoutedBlock, x_TH: Tensor, scores_TK: Tensor, experts_TK: Tensor) -> Tensor:
-    """The routed sum ``[T, H]`` by a block that is there already, without gradients."""
-    routing = sort_by_expert(experts_TK, len(block.down_bias))
-    rows_RH, _ = experts_forward(block, x_TH, routing)
-    return combine_rows(
-        rows_RH,
-        routing,
-        scores_TK=scores_TK,
-        experts_TK=experts_TK.int(),
-        bias_EH=block.down_bias,
-    )
+    """The routed sum ``[T, H]`` by a block that is there already, without gradients.
+
+    Raises:
+        ValueError: a gradient is wanted.
+    """
+    if torch.is_grad_enabled() and (x_TH.requires_grad or scores_TK.requires_grad):
+        raise ValueError("experts kept decoded have a gradient in the engine's own layers only")
+    with on_device_of(x_TH):
+        routing = sort_by_expert(experts_TK, len(block.down_bias))
+        rows_RH, _ = experts_forward(block, x_TH, routing)
+        return combine_rows(
+            rows_RH,
+            routing,
+            scores_TK=scores_TK,
+            experts_TK=experts_TK.int(),
+            bias_EH=block.down_bias,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
@@ -25,8 +26,9 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 # which weights that are decoded already win over both.
 CROSSOVER_ROWS = 400
 DECODED_ROWS = 96
-# grouped_mm has its fast kernel from Hopper on; elsewhere it is a loop with a wait for the host.
-GROUPED_MM_CAPABILITY = (9, 0)
+# grouped_mm has a fast kernel on these; elsewhere it is a loop with a wait for the host.
+GROUPED_MM_MAJORS = (9, 10)
+KERNELS_CAPABILITY = (8, 0)  # bf16 products and the assembly that decodes
 
 
 class AutoProducts:
@@ -71,8 +73,19 @@ def resolve(backend: Backend, device: torch.device) -> Backend:
     """``auto`` as ``fused`` on a GPU whose ``grouped_mm`` is no fast kernel."""
     if backend != "auto" or device.type != "cuda":
         return backend
-    fast = torch.cuda.get_device_capability(device) >= GROUPED_MM_CAPABILITY
-    return "auto" if fast else "fused"
+    return "auto" if fast_grouped_mm(device) else "fused"
+
+
+def fast_grouped_mm(device: torch.device) -> bool:
+    """Whether ``grouped_mm`` is one kernel on this GPU."""
+    return torch.cuda.get_device_capability(device)[0] in GROUPED_MM_MAJORS
+
+
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether the Triton kernels run on this GPU: an NVIDIA one, Ampere or later, with triton."""
+    if torch.version.cuda is None or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= KERNELS_CAPABILITY
 
 
 def make_products(backend: Backend, weights: PackedWeights, workspace: Workspace) -> Products:
