@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nexus_cli.core.kernels.placement import on_gpu
+
 # Shape letters in this file: T tokens, E experts, K experts a token.
 
 MAX_EXPERTS = 256
@@ -29,7 +31,7 @@ def top_k_softmax(logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     experts = logits_TE.shape[1]
     if not 1 <= k <= min(MAX_TOP_K, experts) or experts > MAX_EXPERTS:
         raise ValueError(f"top {k} of {experts} experts")
-    if _on_gpu(logits_TE):
+    if on_gpu(logits_TE):
         from nexus_cli.core.kernels.triton import router as kernels
 
         return kernels.top_k_softmax(logits_TE, k)
@@ -65,7 +67,7 @@ def top_k_softmax_backward(
         raise ValueError("gradient, scores and experts differ in shape")
     if num_experts > MAX_EXPERTS:
         raise ValueError(f"{num_experts} experts; the kernel holds {MAX_EXPERTS}")
-    if _on_gpu(scores_TK, grad_scores_TK, experts_TK):
+    if on_gpu(scores_TK, grad_scores_TK, experts_TK):
         from nexus_cli.core.kernels.triton import router as kernels
 
         return kernels.top_k_softmax_backward(grad_scores_TK, scores_TK, experts_TK, num_experts)
@@ -81,17 +83,3 @@ def top_k_softmax_backward_torch(
     grad_TK = wide_TK * (grad_TK - (wide_TK * grad_TK).sum(-1, keepdim=True))
     grad_TE = grad_TK.new_zeros(len(scores_TK), num_experts)
     return grad_TE.scatter_(1, experts_TK.long(), grad_TK).to(scores_TK.dtype)
-
-
-def _on_gpu(x: Tensor, *others: Tensor) -> bool:
-    """Whether the Triton kernel is due; raises unless all tensors can be read by it."""
-    if x.is_cuda:
-        if x.dtype == torch.float64:
-            raise ValueError("float64 is for the CPU")
-        for tensor in (x, *others):
-            if tensor.device != x.device or not tensor.is_contiguous():
-                raise ValueError("the tensors must be contiguous and on one device")
-        return True
-    if x.device.type != "cpu":
-        raise ValueError(f"no kernel for {x.device}")
-    return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nexus_cli.core.kernels.placement import on_gpu
 from nexus_cli.core.kernels.routing import Routing
 
 # Shape letters in this file: T tokens, K experts a token, R routed rows, E experts, H hidden.
@@ -20,7 +21,7 @@ def spread_rows(x_TH: Tensor, routing: Routing) -> Tensor:
     Raises:
         ValueError: if the tensors are on different devices or strided.
     """
-    if _on_gpu(x_TH, routing.row_TK):
+    if on_gpu(x_TH, routing.row_TK):
         from nexus_cli.core.kernels.triton import rows as kernels
 
         return kernels.spread_rows(x_TH, routing.row_TK)
@@ -84,7 +85,7 @@ def combine_rows(
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"a tensor {tuple(tensor.shape)} where {shape} is due")
     parts = (scores_TK, experts_TK, bias_EH, residual_TH, shared_TH, shared_bias_H, shared_scale)
-    if _on_gpu(rows_RH, routing.row_TK, *(part for part in parts if part is not None)):
+    if on_gpu(rows_RH, routing.row_TK, *(part for part in parts if part is not None)):
         from nexus_cli.core.kernels.triton import rows as kernels
 
         return kernels.combine_rows(rows_RH, routing.row_TK, *parts)
@@ -120,17 +121,3 @@ def combine_rows_torch(
             shared = shared * shared_scale.to(dtype).reshape(())
         out_TH = out_TH + shared
     return out_TH.to(rows_RH.dtype)
-
-
-def _on_gpu(x: Tensor, *others: Tensor) -> bool:
-    """Whether the Triton kernel is due; raises unless all tensors can be read by it."""
-    if x.is_cuda:
-        if x.dtype == torch.float64:
-            raise ValueError("float64 is for the CPU")
-        for tensor in (x, *others):
-            if tensor.device != x.device or not tensor.is_contiguous():
-                raise ValueError("the tensors must be contiguous and on one device")
-        return True
-    if x.device.type != "cpu":
-        raise ValueError(f"no kernel for {x.device}")
-    return False

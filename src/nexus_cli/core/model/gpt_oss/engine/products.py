@@ -6,7 +6,6 @@ added elsewhere, and no product has a weight gradient: the experts are frozen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,8 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_cli.core.kernels.mxfp4_decode import decode_into, decode_into_torch
-from nexus_cli.core.kernels.mxfp4_matmul import matmul_rows, matmul_rows_transposed
+from nexus_cli.core.kernels.mxfp4_decode import decode_into
+from nexus_cli.core.kernels.mxfp4_matmul import (
+    matmul_rows,
+    matmul_rows_torch,
+    matmul_rows_transposed,
+    matmul_rows_transposed_torch,
+)
 from nexus_cli.core.kernels.routing import Routing
 from nexus_cli.core.kernels.rows import spread_rows
 
@@ -89,21 +93,21 @@ class TorchProducts:
 
     def gate_up(self, x_TH: Tensor, routing: Routing) -> Tensor:
         """See :class:`Products`."""
-        x_RH = x_TH.index_select(0, routing.token_R)
-        return _each_expert(x_RH, self._weights.gate_up, routing, transpose=True)
+        return matmul_rows_torch(x_TH, *self._weights.gate_up, routing.offsets_E, routing.token_R)
 
     def down(self, hidden_RI: Tensor, routing: Routing) -> Tensor:
         """See :class:`Products`."""
-        return _each_expert(hidden_RI, self._weights.down, routing, transpose=True)
+        return matmul_rows_torch(hidden_RI, *self._weights.down, routing.offsets_E, None)
 
     def grad_down(self, grad_TH: Tensor, routing: Routing) -> Tensor:
         """See :class:`Products`."""
-        grad_RH = grad_TH.index_select(0, routing.token_R)
-        return _each_expert(grad_RH, self._weights.down, routing, transpose=False)
+        places = routing.offsets_E, routing.token_R
+        return matmul_rows_transposed_torch(grad_TH, *self._weights.down, *places)
 
     def grad_gate_up(self, grad_RI: Tensor, routing: Routing) -> Tensor:
         """See :class:`Products`."""
-        return _each_expert(grad_RI, self._weights.gate_up, routing, transpose=False)
+        packed = self._weights.gate_up
+        return matmul_rows_transposed_torch(grad_RI, *packed, routing.offsets_E, None)
 
 
 class FusedProducts:
@@ -270,26 +274,3 @@ def _decoded(blocks: Tensor, scales: Tensor) -> Tensor:
     out = torch.empty(experts, rows, groups * 32, dtype=torch.bfloat16, device=blocks.device)
     decode_into(blocks, scales, out)
     return out
-
-
-def _each_expert(
-    rows: Tensor, packed: tuple[Tensor, Tensor], routing: Routing, *, transpose: bool
-) -> Tensor:
-    blocks, scales = packed
-    features = blocks.shape[1] if transpose else blocks.shape[2] * 32
-    out = rows.new_empty(len(rows), features)
-    for expert, span in _segments(routing):
-        weight_NK = rows.new_empty(blocks.shape[1], blocks.shape[2] * 32)
-        one = slice(expert, expert + 1)
-        decode_into_torch(blocks[one], scales[one], weight_NK[None])
-        out[span] = rows[span] @ (weight_NK.T if transpose else weight_NK)
-    return out
-
-
-def _segments(routing: Routing) -> Iterator[tuple[int, slice]]:
-    """Rows of each expert that has any."""
-    start = 0
-    for expert, end in enumerate(routing.offsets_E.tolist()):
-        if end > start:
-            yield expert, slice(start, end)
-        start = end
