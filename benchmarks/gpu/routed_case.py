@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from nexus_cli.core.kernels.mxfp4_decode import order_scales
 from nexus_cli.core.kernels.routing import Routing, sort_by_expert
 from nexus_cli.core.model.gpt_oss.engine.products import PackedWeights
 
@@ -40,19 +41,20 @@ class Case:
 
 
 def make_weights(experts: int, hidden: int, device: torch.device) -> PackedWeights:
-    """Random bytes; scales as small as a checkpoint's."""
+    """Random bytes; scales as small as a checkpoint's, in the kernels' order as after loading."""
     torch.manual_seed(0)
 
     def packed(rows: int) -> tuple[Tensor, Tensor]:
         size = (experts, rows, hidden // 32)
         blocks = torch.randint(0, 256, (*size, 16), dtype=torch.uint8, device=device)
-        return blocks, torch.randint(119, 123, size, dtype=torch.uint8, device=device)
+        scales = torch.randint(119, 123, size, dtype=torch.uint8, device=device)
+        return blocks, order_scales(scales)
 
     def bias(rows: int) -> Tensor:
         return torch.randn(experts, rows, device=device).mul_(0.1).bfloat16()
 
     gate_up, down = packed(2 * hidden), packed(hidden)
-    return PackedWeights(*gate_up, bias(2 * hidden), *down, bias(hidden), LIMIT)
+    return PackedWeights(*gate_up, bias(2 * hidden), *down, bias(hidden), LIMIT, small_scales=True)
 
 
 def make_case(tokens: int, experts: int, hidden: int, skew: float, device: torch.device) -> Case:

@@ -24,7 +24,7 @@ from routed_case import TOP_K, Case, make_case, make_weights
 from timing import emit, median_ms
 from torch import Tensor
 
-from nexus_cli.core.kernels.mxfp4_decode import decode_into, order_scales
+from nexus_cli.core.kernels.mxfp4_decode import decode_into
 from nexus_cli.core.kernels.triton import mxfp4_matmul as kernels
 from nexus_cli.core.kernels.triton.mxfp4_matmul import Tiles
 from nexus_cli.core.model.gpt_oss.engine.products import DecodedWeights
@@ -160,9 +160,8 @@ def measure(experts: int, tokens: list[int], hidden: int, repeats: int) -> list[
     device, results = torch.device("cuda"), []
     weights = make_weights(experts, hidden, device)
     decoded = DecodedWeights.of(weights)
-    (up_blocks, up_scales), (down_blocks, down_scales) = weights.gate_up, weights.down
-    gate_up = Matrix(up_blocks, order_scales(up_scales), decoded.gate_up_ENK)
-    down = Matrix(down_blocks, order_scales(down_scales), decoded.down_ENK)
+    gate_up = Matrix(*weights.gate_up, decoded.gate_up_ENK)
+    down = Matrix(*weights.down, decoded.down_ENK)
     named = {"gate_up": gate_up, "down": down, "grad_down": down, "grad_gate_up": gate_up}
     for count in tokens:
         case = make_case(count, experts, hidden, 0.0, device)

@@ -143,15 +143,15 @@ def test_a_decoded_layer_gives_back_its_packed_bytes(converted):
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
-def test_a_compiled_layer_works_around_the_experts(converted):
+def test_a_compiled_layer_works_around_the_experts(converted, truth):
+    hidden, grads, plain_error, plain_errors = truth
     model, _ = make(converted, torch.bfloat16)
-    hidden, grads = run(model)
     for layer in model.model.layers:
         layer.compile(fullgraph=False)
     compiled, compiled_grads = run(model)
-    assert relative(compiled, hidden) < 0.02
-    for name, grad in grads.items():
-        assert relative(compiled_grads[name], grad) < 0.05, name
+    assert relative(compiled, hidden) < 1.2 * plain_error
+    errors = [relative(compiled_grads[name], grad) for name, grad in grads.items()]
+    assert sum(errors) < 1.2 * sum(plain_errors.values())
 
 
 def test_stock_transformers_uses_the_kernels_where_nexus_is_installed(converted):
@@ -184,6 +184,18 @@ def test_a_graph_gives_the_same_bits_as_the_launches_that_it_was_made_of(convert
         assert our_grads.keys() == grads.keys()
         for name, grad in grads.items():
             assert torch.equal(our_grads[name], grad), name
+
+
+def test_a_graph_is_captured_while_somebody_holds_the_gradients_nodes(converted):
+    model, engine = make(converted, torch.bfloat16, backend="auto")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    held = [p.expand_as(p).grad_fn.next_functions[0][0] for p in trained]  # as DDP does
+    hidden, grads = run(model)
+    engine.capture(B, S, accumulates=False)
+    ours, our_grads = run(model)
+    assert torch.equal(ours, hidden)
+    assert all(torch.equal(our_grads[name], grad) for name, grad in grads.items())
+    assert all(node.variable is p for node, p in zip(held, trained, strict=True))
 
 
 def test_a_graph_sums_micro_batches_and_is_its_own_teacher(converted):

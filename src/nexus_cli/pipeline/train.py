@@ -69,6 +69,7 @@ def _run(
     prepare: Prepare, config: TrainConfig, workspace: Workspace, *, force: bool, dry_run: bool
 ) -> None:
     console.configure()
+    torch.manual_seed(config.data.seed)  # a GPU's generator starts from a random seed
     if config.runtime.deterministic:
         make_deterministic()
     world = open_world(config.runtime.device)

@@ -22,8 +22,8 @@ def attention_starts(position_ids_BS: Tensor, window: int | None) -> Tensor:
     ``start[s] <= j <= s`` are seen, so this vector is the whole mask.
 
     Args:
-        position_ids_BS: integers ``[B, S]`` that count up by one within a document and fall at
-            the next one's first token; padding may hold anything that never rises faster.
+        position_ids_BS: integers ``[B, S]`` that count up by one within a document and restart
+            at 0 at the next one's first token; padding may hold anything that never rises faster.
         window: keys that a query sees, itself among them; ``None`` for all of its document.
 
     Returns:

@@ -249,7 +249,7 @@ class Engine:
     ) -> tuple[Tensor, list[Tensor]]:
         """The final norm's output ``[T, H]`` and the routers' logits, launched or replayed."""
         batch, length, _ = x_BSH.shape
-        parameters = trained_parameters(model, shared_experts=shared_experts)
+        parameters = trainable_tensors(model, shared_experts=shared_experts)
         needs = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
         positions = make_positions(
             model.rotary_emb,
@@ -261,13 +261,13 @@ class Engine:
         )
         x_TH = x_BSH.reshape(batch * length, -1)
 
-        def stack(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        def stack(tensors: Sequence[Tensor], places: Sequence[Tensor]) -> tuple[Tensor, ...]:
             here = positions.with_tensors(tensors[1:])
-            return self._run_layers(model, tensors[0], here, shared_experts=shared_experts)
+            return self._run_layers(model.norm, tensors[0], here, places)
 
         inputs = [x_TH, *positions.tensors]
         if self._captured != (batch, length) or x_TH.requires_grad:
-            normed, *logits = stack(inputs)
+            normed, *logits = stack(inputs, parameters)
         elif needs:
             normed, *logits = self._training_graph(stack, inputs, parameters).run(inputs)
         else:
@@ -288,10 +288,9 @@ class Engine:
     def _training_graph(
         self, stack: Stack, inputs: Sequence[Tensor], parameters: Sequence[Tensor]
     ) -> TrainingGraph:
-        trained = [p for p in parameters if p.requires_grad]
         key = ("train", *(p.data_ptr() for p in parameters))
         if key not in self._graphs:
-            self._graphs[key] = TrainingGraph(stack, inputs, trained, copies=self._accumulates)
+            self._graphs[key] = TrainingGraph(stack, inputs, parameters, copies=self._accumulates)
         graph: TrainingGraph = self._graphs[key]
         return graph
 
@@ -300,26 +299,27 @@ class Engine:
     ) -> ForwardGraph:
         key = ("forward", *(p.data_ptr() for p in parameters))
         if key not in self._graphs:
-            self._graphs[key] = ForwardGraph(stack, inputs)
+            self._graphs[key] = ForwardGraph(stack, inputs, parameters)
         graph: ForwardGraph = self._graphs[key]
         return graph
 
     def _run_layers(
-        self, model: Any, x_TH: Tensor, positions: Positions, *, shared_experts: bool
+        self, norm: Any, x_TH: Tensor, positions: Positions, parameters: Sequence[Tensor]
     ) -> tuple[Tensor, ...]:
         """The final norm's output ``[T, H]``, and every router's logits ``[T, E]``."""
         logits: list[Tensor] = []
-        for frozen, kept, module in zip(self._layers, self.kept, model.layers, strict=True):
-            router = (module.mlp.router.weight, module.mlp.router.bias)
-            shared = shared_tensors(module.mlp) if shared_experts else None
-            x_TH, logits_TE = decoder_layer(frozen, positions, kept, x_TH, router, shared)
+        each = len(parameters) // len(self._layers)
+        for index, (frozen, kept) in enumerate(zip(self._layers, self.kept, strict=True)):
+            weight, bias, *expert = parameters[index * each : (index + 1) * each]
+            shared = SharedExpert(*expert) if expert else None
+            x_TH, logits_TE = decoder_layer(frozen, positions, kept, x_TH, (weight, bias), shared)
             logits.append(logits_TE)
-        normed: Tensor = FrozenNorm.apply(x_TH, model.norm.weight, model.norm.variance_epsilon)
+        normed: Tensor = FrozenNorm.apply(x_TH, norm.weight, norm.variance_epsilon)
         return normed, *logits
 
 
-def trained_parameters(model: Any, *, shared_experts: bool) -> list[Tensor]:
-    """What may train, in the order of the layers: routers, and shared experts if they run."""
+def trainable_tensors(model: Any, *, shared_experts: bool) -> list[Tensor]:
+    """What may train, layer by layer: the router's two tensors, and seven of a shared expert."""
     found: list[Tensor] = []
     for module in model.layers:
         found += [module.mlp.router.weight, module.mlp.router.bias]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Stack = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+# Inputs and parameters to outputs: launches work and waits for none.
+Stack = Callable[[Sequence[Tensor], Sequence[Tensor]], tuple[Tensor, ...]]
 
 MODE = "thread_local"  # other threads, such as a collective's watchdog, go on during a capture
 MAX_TOKENS = 8192  # of a micro-batch; beyond, launches hide behind the kernels
@@ -25,17 +26,20 @@ class ForwardGraph:
     """A stack of layers without gradients.
 
     Args:
-        stack: maps the inputs to the outputs; launches work and waits for none.
+        stack: what to capture.
         inputs: an example of what it is given.
+        parameters: their memory must stay where it is.
     """
 
-    def __init__(self, stack: Stack, inputs: Sequence[Tensor]) -> None:
+    def __init__(
+        self, stack: Stack, inputs: Sequence[Tensor], parameters: Sequence[Tensor]
+    ) -> None:
         self._inputs = [tensor.clone() for tensor in inputs]
         with torch.no_grad():
-            _warm_up(lambda: stack(self._inputs))
+            _warm_up(lambda: stack(self._inputs, parameters))
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph, capture_error_mode=MODE):
-                self._outputs = stack(self._inputs)
+                self._outputs = stack(self._inputs, parameters)
 
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs, in memory of their own."""
@@ -50,10 +54,14 @@ class TrainingGraph:
     What the layers keep for the backward pass lies in the graph's memory, as do the gradients. One
     forward pass must be followed by its backward pass before the next.
 
+    It is captured over other leaves in the parameters' memory: somebody (DDP) may hold the nodes
+    that add up the parameters' own gradients, which belong to the stream of their making, and a
+    capture can wait for no other stream.
+
     Args:
-        stack: maps the inputs to the outputs, which all have gradients.
+        stack: what to capture; all outputs have gradients.
         inputs: an example of what it is given.
-        parameters: leaves that have gradients; their memory must stay where it is.
+        parameters: leaves, some with gradients; their memory must stay where it is.
         copies: give gradients in memory of their own, so that several passes can be summed.
     """
 
@@ -66,12 +74,14 @@ class TrainingGraph:
         copies: bool,
     ) -> None:
         self._inputs = [tensor.clone() for tensor in inputs]
-        self._parameters = list(parameters)
+        self._trained = [p for p in parameters if p.requires_grad]
         self._copies = copies
-        _warm_up(lambda: self._differentiate(stack(self._inputs)))
+        places = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
+        self._leaves = [place for place in places if place.requires_grad]
+        _warm_up(lambda: self._differentiate(stack(self._inputs, places)))
         self._forward = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._forward, capture_error_mode=MODE):
-            outputs = stack(self._inputs)
+            outputs = stack(self._inputs, places)
         self._incoming = [torch.zeros_like(output) for output in outputs]
         self._backward = torch.cuda.CUDAGraph()
         pool = self._forward.pool()
@@ -82,7 +92,7 @@ class TrainingGraph:
     def run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs, to be read before the next pass."""
         _copy(self._inputs, inputs)
-        out: tuple[Tensor, ...] = _Replay.apply(self, *self._parameters)
+        out: tuple[Tensor, ...] = _Replay.apply(self, *self._trained)
         return out
 
     def replay_forward(self) -> tuple[Tensor, ...]:
@@ -103,12 +113,12 @@ class TrainingGraph:
             else grad.clone()
             if self._copies and parameter.grad is None
             else grad.detach()
-            for parameter, grad in zip(self._parameters, self._gradients, strict=True)
+            for parameter, grad in zip(self._trained, self._gradients, strict=True)
         ]
 
     def _differentiate(self, outputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         grads = getattr(self, "_incoming", None) or [torch.zeros_like(out) for out in outputs]
-        return torch.autograd.grad(outputs, self._parameters, grads, allow_unused=True)
+        return torch.autograd.grad(outputs, self._leaves, grads, allow_unused=True)
 
 
 class _Replay(torch.autograd.Function):
