@@ -57,7 +57,7 @@ def top_k(
     dtype = torch.float64 if head_VH.dtype == torch.float64 else torch.float32
     buffer_CV = hidden_NH.new_empty(rows, len(head_VH), dtype=dtype)
     chunks = []
-    for start in range(0, len(hidden_NH), chunk_size):
+    for start in range(0, max(len(hidden_NH), 1), chunk_size):  # no position is a chunk of none
         hidden_CH = hidden_NH[start : start + chunk_size]
         logits_CV = project(hidden_CH, head_VH, buffer_CV[: len(hidden_CH)]).float()
         chunks.append(top_k_of_logits(logits_CV, labels_N[start : start + chunk_size], k))

@@ -56,3 +56,10 @@ def test_a_tail_too_small_for_a_difference_from_one_is_still_there():
 def test_more_entries_than_tokens_are_refused():
     with pytest.raises(ValueError, match="cannot keep 41 of 40"):
         top_k(*problem(), V + 1)
+
+
+def test_no_position_gives_empty_answers():
+    hidden_NH, head_VH, labels_N = problem()
+    kept = top_k(hidden_NH[:0], head_VH, labels_N[:0], 7)
+    assert kept.ids_NK.shape == kept.logprobs_NK.shape == (0, 7)
+    assert kept.tail_logprob_N.shape == kept.nll_N.shape == (0,)

@@ -36,9 +36,12 @@ KEY = COMMON | {
     "padded": "i32",
     "scale": "fp32",
 }
-TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "MMA"}
-# Of a block on any card of the generation: A100, H100, B200.
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_CORE = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "MMA", 120: "MMA"}
+# Of a block: A100, RTX 4090, H100, B200, RTX 5090.
+SHARED_BYTES = {
+    cc: kib * 1024 for cc, kib in ((80, 163), (89, 99), (90, 227), (100, 227), (120, 99))
+}
+CARDS = list(SHARED_BYTES)
 
 
 def check(built, capability):
@@ -50,7 +53,7 @@ def check(built, capability):
         assert built.sass.count("WARPGROUP.DEPBAR") < built.sass.count("HGMMA") / 2
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", CARDS)
 @pytest.mark.parametrize(("narrow", "head_dim"), [(False, 64), (True, 64), (False, 128)])
 def test_attention_compiles(compile_kernel, capability, narrow, head_dim):
     shape = {"HQ": HEADS, "HKV": KV_HEADS, "D": head_dim}
@@ -69,7 +72,7 @@ def test_attention_compiles(compile_kernel, capability, narrow, head_dim):
         )
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", CARDS)
 @pytest.mark.parametrize(
     ("narrow", "head_dim", "split"), [(False, 64, 1), (True, 64, 4), (False, 128, 1)]
 )
@@ -98,7 +101,7 @@ def test_key_gradients_compile(compile_kernel, capability, narrow, head_dim, spl
     check(built, capability)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", CARDS)
 def test_sum_compiles(compile_kernel, capability):
     built = compile_kernel(
         keys.sum_kernel,
@@ -109,7 +112,7 @@ def test_sum_compiles(compile_kernel, capability):
     assert built.stack_bytes == 0
 
 
-@pytest.mark.parametrize("capability", [8, 9, 10])
+@pytest.mark.parametrize("capability", [8, 9, 10, 12])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("window", [None, 128])

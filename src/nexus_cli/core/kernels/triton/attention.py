@@ -53,7 +53,8 @@ class Tiles:
         full: whole documents are seen.
         narrow: the window is at most ``NARROW`` keys.
         large: heads of more than 64 numbers.
-        old: cards before Hopper, where products take their operands from registers.
+        old: cards but Hopper and data centre Blackwell: products take their operands from
+            registers there, and a block has less shared memory.
     """
 
     full: Tile
@@ -224,7 +225,7 @@ def choose_tile(
     """The tile for this dtype, head size, window, and major capability of the card."""
     if dtype == torch.float32:
         return FLOAT32_TILE
-    if capability < 9:
+    if capability not in (9, 10):
         return tiles.old
     if head_dim > 64:
         return tiles.large
@@ -232,7 +233,7 @@ def choose_tile(
 
 
 def generation(tensor: Tensor) -> int:
-    """Major capability of the card that holds it: 8 before Hopper, 9 for Hopper."""
+    """Major capability of the card that holds it: 8 before Hopper, 9 Hopper, 10 and 12 after."""
     return torch.cuda.get_device_capability(tensor.device)[0]
 
 

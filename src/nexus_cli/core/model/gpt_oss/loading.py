@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from nexus_cli.core.model.gpt_oss.engine.attach import attach_engine
-from nexus_cli.core.model.gpt_oss.engine.policy import Backend, kernels_run_on
+from nexus_cli.core.model.gpt_oss.engine.policy import Backend, kernels_run_on, shape_refused
 from nexus_cli.core.model.gpt_oss.modeling_nexus_gpt_oss import (
     NexusGptOssConfig,
     NexusGptOssForCausalLM,
@@ -65,7 +65,8 @@ def load_model(
         experts_backend: how the engine multiplies with packed experts.
 
     Raises:
-        ConfigError: a backend of the engine is asked for where the engine does not run.
+        ConfigError: a backend of the engine is asked for where the engine does not run, or the
+            model's shape is none that its kernels hold.
         ArtifactError: weights are missing, unknown, damaged or of another shape.
     """
     device = torch.device(device)
@@ -77,8 +78,14 @@ def load_model(
             f"{str(dtype).removeprefix('torch.')} on {device}",
             hint="leave out --experts-backend, or use --device cuda",
         )
+    config = load_config(path)
+    if fast and (refused := shape_refused(config)) is not None:
+        raise ConfigError(
+            f"{path} has {refused}: the engine cannot run it on {device}",
+            hint="--set dtype=float32 runs the plain model there, slowly; so does --device cpu",
+        )
     stored = tensor_files.tensors(path)
-    model = _without_weights(load_config(path), path, dtype)
+    model = _without_weights(config, path, dtype)
     wanted = dict(model.named_parameters())
     absent = wanted.keys() - stored.keys()
     _check(path, wanted, stored, absent - _tied(model, stored.keys()))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from nexus_cli.core.kernels.attention import KERNEL_HEAD_SIZES
+from nexus_cli.core.kernels.router import MAX_EXPERTS, MAX_TOP_K
 from nexus_cli.core.kernels.routing import Routing
 from nexus_cli.core.model.gpt_oss.engine.products import (
     DequantProducts,
@@ -86,6 +88,18 @@ def kernels_run_on(device: torch.device) -> bool:
     if torch.version.cuda is None or find_spec("triton") is None:
         return False
     return torch.cuda.get_device_capability(device) >= KERNELS_CAPABILITY
+
+
+def shape_refused(config: Any) -> str | None:
+    """What of a model's shape the kernels cannot hold, in words; ``None`` if they run it."""
+    if config.head_dim not in KERNEL_HEAD_SIZES:
+        sizes = ", ".join(map(str, KERNEL_HEAD_SIZES))
+        return f"attention heads of {config.head_dim} numbers (the kernels take {sizes})"
+    if config.num_experts_per_tok > MAX_TOP_K:
+        return f"{config.num_experts_per_tok} experts a token (the kernels take {MAX_TOP_K})"
+    if config.num_local_experts > MAX_EXPERTS:
+        return f"{config.num_local_experts} experts a layer (the kernels take {MAX_EXPERTS})"
+    return None
 
 
 def make_products(backend: Backend, weights: PackedWeights, workspace: Workspace) -> Products:
