@@ -357,3 +357,14 @@ def test_a_teacher_that_gives_no_numbers_is_refused(settings, model, tmp_path, m
     monkeypatch.setattr(precompute, "load_model", lambda *_, **__: broken)
     with pytest.raises(ArtifactError, match="not numbers"):
         precompute.run(settings(num_steps=1), Workspace(tmp_path))
+
+
+@pytest.mark.parametrize("place", ["load_model", "ask"])
+def test_a_full_device_is_said_with_its_numbers(settings, tmp_path, monkeypatch, place):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    monkeypatch.setattr(precompute, place, full)
+    with pytest.raises(ResourceError, match=r"on cpu: 3\.00 GiB were asked for; ") as caught:
+        precompute.run(settings(), Workspace(tmp_path))
+    assert "--batch-size" in caught.value.hint

@@ -391,3 +391,19 @@ def test_disjoint_windows_without_the_end_token_are_lm_evals(
     assert found[False]["general"]["tokens"] == tokens
     measured = found[False]["general"]["perplexity"]["model"]
     assert measured == pytest.approx(math.exp(nll / tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", [Mode(), Mode(check=False, chat=True)])
+def test_a_full_device_is_said_with_its_numbers(
+    texts, tiny_model_dir, tmp_path, monkeypatch, mode
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    monkeypatch.setattr(validate, "load_model", full)
+    monkeypatch.setattr(validate.chat, "load_model", full)
+    settings = config(texts, checkpoint=str(tiny_model_dir))
+    with pytest.raises(ResourceError, match=r"on cpu: 3\.00 GiB were asked for; ") as caught:
+        validate.run(settings, Workspace(tmp_path), mode=mode)
+    assert caught.value.hint
+    assert not (tmp_path / "validate" / "report.json").exists()

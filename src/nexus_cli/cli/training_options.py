@@ -15,6 +15,7 @@ from nexus_cli.config.train import TrainConfig
 T = TrainConfig
 
 StudentModel = Annotated[str | None, flag(T, "student", "--student-model")]
+Base = Annotated[str | None, flag(T, "base", "--base")]
 MaxSteps = Annotated[int | None, flag(T, "max_steps", "--max-steps")]
 BatchSize = Annotated[int | None, flag(T, "batch_size", "--batch-size")]
 Accumulation = Annotated[
@@ -26,14 +27,26 @@ FreezeRouter = Annotated[
     bool, typer.Option("--freeze-router", help="Keep the router as it is (the default).")
 ]
 TrainRouter = Annotated[bool, typer.Option("--train-router", help="Train the router too.")]
+TrainRouterBias = Annotated[
+    bool, typer.Option("--train-router-bias", help="Train the routers' biases alone.")
+]
 Advanced = Annotated[
     bool,
     typer.Option(
         "--use-advanced-scheduler", help="Train the router, with DeepSeek-V3 style schedules."
     ),
 ]
+Seed = Annotated[int | None, flag(T, "data.seed", "--seed")]
+EvalEvery = Annotated[int | None, flag(T, "evaluation.every", "--eval-every")]
 SaveEvery = Annotated[int | None, flag(T, "runtime.save_every", "--save-every")]
 KeepLast = Annotated[int | None, flag(T, "runtime.keep_last", "--keep-last")]
+Adapter = Annotated[
+    bool,
+    typer.Option(
+        "--adapter", help="Write checkpoints as adapters: what was trained, and the base's hash."
+    ),
+]
+ReportTo = Annotated[str | None, flag(T, "runtime.report_to", "--report-to")]
 Resume = Annotated[str | None, flag(T, "runtime.resume", "--resume")]
 Deterministic = Annotated[
     bool,
@@ -49,12 +62,14 @@ def resolve_training(
     *,
     freeze_router: bool,
     train_router: bool,
+    train_router_bias: bool,
     advanced: bool,
 ) -> TrainConfig:
     """The config of a training command; a switch that is off was not given."""
     switches = {
         "freeze_router": freeze_router or None,
         "train_router": train_router or None,
+        "train_router_bias": train_router_bias or None,
         "schedule": {"advanced": advanced or None},
     }
     return resolve(TrainConfig, "train", file=file, sets=sets or (), **flags, **switches)

@@ -9,16 +9,33 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from nexus_cli.config.base import ConfigModel
-from nexus_cli.config.shared import EMBEDDED
+from nexus_cli.config.shared import EMBEDDED, AdapterBase
 
 PCA = re.compile(r"pca_top(\d+|K)")
 STRATEGIES = ("random", "top1", "top1_average", "top4_average")
+START = (
+    "pca_stats",
+    "init_strategy",
+    "start",
+    "output_scale",
+    "num_shared_experts",
+    "shared_intermediate_size",
+    "seed",
+)
 
 
 class ConvertConfig(ConfigModel):
     """Which model gets a shared expert, and what that starts from."""
 
-    model: str = Field(EMBEDDED, description="Model folder to convert, or 'embedded'.")
+    model: str = Field(
+        EMBEDDED,
+        description="Model folder to convert, or 'embedded'; or an adapter, to be made a whole "
+        "model again.",
+    )
+    base: AdapterBase = None
+    adapter: bool = Field(
+        False, description="Write a converted model or a checkpoint as an adapter."
+    )
     pca_stats: Path | None = Field(None, description="Chosen experts; by default the pca stage's.")
     init_strategy: str = Field(
         "pca_topK",
@@ -54,6 +71,24 @@ class ConvertConfig(ConfigModel):
         if match and match[1] == "0":
             raise ValueError("pca_top0 would average no expert")
         return self
+
+    @model_validator(mode="after")
+    def _adapter_is_no_new_expert(self) -> Self:
+        if not self.adapter:
+            return self
+        if given := [*self.start_settings, *{"copy_shards"} & self.model_fields_set]:
+            raise ValueError(
+                f"an adapter holds the shared expert as it is: {', '.join(given)} would have no "
+                "effect"
+            )
+        if self.output is None:
+            raise ValueError("--adapter needs the adapter's folder, --output")
+        return self
+
+    @property
+    def start_settings(self) -> list[str]:
+        """The given settings that say what a new shared expert starts from."""
+        return [name for name in START if name in self.model_fields_set]
 
     @property
     def needs_stats(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -13,6 +13,10 @@ EMBEDDED = "embedded"
 NEMOTRON = ("nemotron-general", "nemotron-code", "nemotron-math", "nemotron-tool-calling")
 SPLITS = ("auto", "train", "held-out", "all")
 Dtype = Literal["auto", "float32", "bfloat16"]
+AdapterBase = Annotated[
+    str | None,
+    Field(description="Model that an adapter was made from; by default where the adapter says."),
+]
 
 
 class LossWeights(ConfigModel):

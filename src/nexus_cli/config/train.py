@@ -9,7 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from nexus_cli.config.base import ConfigModel, RuntimeConfig, check_device
-from nexus_cli.config.shared import Dtype, LossWeights, TextData
+from nexus_cli.config.shared import AdapterBase, Dtype, LossWeights, TextData
 
 
 class OptimizerConfig(ConfigModel):
@@ -88,6 +88,15 @@ class LossConfig(ConfigModel):
         ("nemotron-general", "bundled-general"),
         description="Sources that are replay wherever another source is in the mixture.",
     )
+    divergence: Literal["forward", "reverse", "jsd"] = Field(
+        "forward",
+        description="From the teacher's vocabulary: forward KL(teacher || student); reverse "
+        "KL(student || teacher) and jsd need the teacher in memory, and do without the head's "
+        "GPU kernels.",
+    )
+    jsd_beta: float = Field(
+        0.5, gt=0, lt=1, description="Of jsd: share of the teacher in the mixture."
+    )
     router_temperature: float = Field(1.0, gt=0, description="Of the routers' KL.")
     load_balance: float | None = Field(
         None, ge=0, description="Weight of the load-balance loss (0.01 if the router trains)."
@@ -95,6 +104,13 @@ class LossConfig(ConfigModel):
     router_z: float | None = Field(
         None, ge=0, description="Weight of the router z-loss (0.001 if the router trains)."
     )
+
+    @model_validator(mode="after")
+    def _beta_is_of_jsd(self) -> Self:
+        default = LossConfig.model_fields["jsd_beta"].default
+        if self.divergence != "jsd" and self.jsd_beta != default:
+            raise ValueError(f"jsd_beta is of the jsd divergence, not of {self.divergence}")
+        return self
 
 
 class AveragingConfig(ConfigModel):
@@ -115,6 +131,18 @@ class EvaluationConfig(ConfigModel):
     data: TextData | None = Field(
         None, description="Text to judge by; by default the held-out part of the training text."
     )
+    keep_best: bool = Field(
+        True, description="Save and keep the checkpoint that is best on held-out text."
+    )
+    patience: int | None = Field(
+        None, gt=0, description="Evaluations without improvement after which the run ends."
+    )
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> Self:
+        if self.patience is not None and (self.every is None or not self.keep_best):
+            raise ValueError("patience needs evaluations (every) and keep_best")
+        return self
 
 
 class TeacherConfig(ConfigModel):
@@ -138,6 +166,9 @@ class TrainRuntime(RuntimeConfig):
     )
     save_every: int | None = Field(100, gt=0, description="Steps between checkpoints.")
     keep_last: int = Field(3, gt=0, description="Checkpoints that stay on disk.")
+    adapter: bool = Field(
+        False, description="Write checkpoints as adapters: what was trained, and the base's hash."
+    )
     log_every: int = Field(10, gt=0, description="Steps between log lines.")
     watch_every: int = Field(10, gt=0, description="Steps between measurements of the router.")
     gradient_checkpointing: bool = Field(
@@ -152,7 +183,21 @@ class TrainRuntime(RuntimeConfig):
     deterministic: bool = Field(
         False, description="Only deterministic operations: two runs are equal bit for bit."
     )
+    explosion: float | None = Field(
+        5.0,
+        gt=0,
+        description="Stop where the loss is this many nats, and three times, above its median for "
+        "three steps in a row; null for never.",
+    )
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = Field(
+        (), description="Trackers that get the metrics too."
+    )
     head_chunk: int = Field(512, gt=0, description="Positions whose logits exist at one time.")
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        return tuple(filter(None, value.split(","))) if isinstance(value, str) else value
 
     @field_validator("teacher_device")
     @classmethod
@@ -164,8 +209,10 @@ class TrainConfig(ConfigModel):
     """Which student learns from which teacher and text, and for how long."""
 
     student: str | None = Field(
-        None, description="Converted model or checkpoint; by default the convert stage's."
+        None,
+        description="Converted model, checkpoint or adapter; by default the convert stage's.",
     )
+    base: AdapterBase = None
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)
     data: TextData = Field(default_factory=TextData)
     dtype: Dtype = Field("auto", description="Of frozen weights: bfloat16 on a GPU, else float32.")
@@ -180,6 +227,7 @@ class TrainConfig(ConfigModel):
     )
     freeze_router: bool | None = Field(None, description="Keep the router as it is (the default).")
     train_router: bool = Field(False, description="Train the router too.")
+    train_router_bias: bool = Field(False, description="Train the routers' biases alone.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig)
     loss: LossConfig = Field(default_factory=LossConfig)
@@ -190,9 +238,18 @@ class TrainConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _one_router(self) -> Self:
-        if self.freeze_router and self.router_trains:
-            flag = "--train-router" if self.train_router else "--use-advanced-scheduler"
-            raise ValueError(f"--freeze-router contradicts {flag}, which trains the router")
+        asks = {
+            "--train-router": self.train_router,
+            "--use-advanced-scheduler": self.schedule.advanced,
+            "--train-router-bias": self.train_router_bias,
+        }
+        flags = [flag for flag, given in asks.items() if given]
+        if self.freeze_router and flags:
+            raise ValueError(f"--freeze-router contradicts {flags[0]}, which trains the router")
+        if self.train_router_bias and self.whole_router_trains:
+            raise ValueError(
+                f"--train-router-bias contradicts {flags[0]}, which trains the routers' weights too"
+            )
         asked = {"load_balance": self.loss.load_balance, "router_z": self.loss.router_z}
         for name, weight in asked.items():
             if weight and not self.router_trains:
@@ -201,7 +258,12 @@ class TrainConfig(ConfigModel):
 
     @property
     def router_trains(self) -> bool:
-        """Whether the routers are among the trained tensors."""
+        """Whether the routers are among the trained tensors, their biases at least."""
+        return self.whole_router_trains or self.train_router_bias
+
+    @property
+    def whole_router_trains(self) -> bool:
+        """Whether the routers' weights train as well as their biases."""
         return self.train_router or self.schedule.advanced
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from nexus_cli.config.base import ConfigModel, RuntimeConfig
-from nexus_cli.config.shared import DataSource, Dtype, TextData
+from nexus_cli.config.shared import AdapterBase, DataSource, Dtype, TextData
 
 SELF = "self"
 DOMAIN = ("nemotron-code", "nemotron-math", "nemotron-tool-calling")
@@ -25,9 +25,10 @@ class ValidateConfig(ConfigModel):
 
     checkpoint: str | None = Field(
         None,
-        description="Model folder or checkpoint; by default the workspace's newest training, "
-        "else its converted model.",
+        description="Model folder, checkpoint or adapter; by default the workspace's newest "
+        "training, else its converted model.",
     )
+    base: AdapterBase = None
     baseline: str | None = Field(
         None,
         description="Model to compare with, or 'self' for the same weights with the shared "

@@ -6,14 +6,18 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
+from rich.live import Live
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 ItemT = TypeVar("ItemT")
 log = logging.getLogger(__name__)
@@ -46,13 +50,18 @@ def configure(level: int = logging.INFO) -> None:
 
 def _handler() -> logging.Handler:
     if sys.stderr.isatty():
-        console = Console(stderr=True, soft_wrap=True)
         return RichHandler(
-            console=console, show_path=False, show_level=False, log_time_format="%H:%M:%S"
+            console=_terminal(), show_path=False, show_level=False, log_time_format="%H:%M:%S"
         )
     plain = _Lines()
     plain.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     return plain
+
+
+@cache
+def _terminal() -> Console:
+    """The one console on stderr: what it draws in place makes room for what it logs."""
+    return Console(stderr=True, soft_wrap=True)
 
 
 def log_to_file(path: Path) -> logging.Handler:
@@ -62,6 +71,16 @@ def log_to_file(path: Path) -> logging.Handler:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("nexus_cli").addHandler(handler)
     return handler
+
+
+@contextmanager
+def live_line() -> Iterator[Callable[[str], None]]:
+    """A function that puts a text in place of the last one, below the log; on a terminal alone."""
+    if not is_main_rank() or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    with Live(console=_terminal(), transient=True, refresh_per_second=8) as live:
+        yield lambda text: live.update(Text(text, no_wrap=True, overflow="ellipsis", style="dim"))
 
 
 def result(text: str) -> None:
@@ -103,7 +122,7 @@ def _bar(items: Iterable[ItemT], description: str, total: int | None) -> Iterato
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=_terminal(), transient=True) as bar:
         yield from bar.track(items, total=total, description=description)
 
 

@@ -11,8 +11,12 @@ from nexus_cli.errors import ResourceError, WorkspaceError
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold ``path`` or fail at once; the kernel drops it when the process dies.
+def exclusive(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold ``path``; the kernel drops it when the process dies.
+
+    Args:
+        path: the lock's file.
+        wait: until another process lets go of it; otherwise that is an error at once.
 
     Raises:
         WorkspaceError: another process holds it.
@@ -28,7 +32,7 @@ def exclusive(path: Path) -> Iterator[None]:
         ) from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             raise WorkspaceError(
                 f"{path.parent} is in use by another nexus process",

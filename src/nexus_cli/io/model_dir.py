@@ -18,6 +18,7 @@ BASE_TYPE = "gpt_oss"
 NEXUS_TYPE = "nexus_gpt_oss"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "nexus_adapter.json"
 SAMPLES = 16
 SAMPLE_BYTES = 4096
 
@@ -56,6 +57,11 @@ def resolve_model(name: str | Path) -> Path:
             f"there is no model folder {path}",
             hint="give the path of a downloaded GPT-OSS checkpoint, or the word 'embedded'",
         )
+    if is_adapter(path):
+        raise ConfigError(
+            f"{path} is an adapter, not a whole model",
+            hint=f"run: nexus convert --input {path} --output <folder>",
+        )
     if not is_model(path):
         raise ConfigError(f"{path} has no config.json, so it is not a model folder")
     return path.resolve()
@@ -64,6 +70,11 @@ def resolve_model(name: str | Path) -> Path:
 def is_model(path: Path) -> bool:
     """Whether ``path`` is a model folder by its ``config.json``; nothing in it is read."""
     return (path / "config.json").is_file()
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether ``path`` is an adapter's folder by its ``nexus_adapter.json``; nothing is read."""
+    return (path / ADAPTER).is_file() and not is_model(path)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -1,16 +1,13 @@
-"""What a machine has free, what a model takes of it, and what happens when it runs out."""
+"""What a machine has free, and what a model takes of it."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from nexus_cli.errors import ResourceError
 from nexus_cli.io import model_dir, tensor_files
 from nexus_cli.io.tensor_files import Tensor
 
@@ -68,19 +65,6 @@ def forward_bytes(model: Path, sequences: int, length: int, dtype: torch.dtype) 
     experts = 4 * shape.top_k * (shape.intermediate_size + shape.hidden_size)
     a_token = 12 * shape.hidden_size + max(attention, experts)
     return sequences * length * a_token * dtype.itemsize
-
-
-@contextmanager
-def memory_on(device: torch.device, hint: str) -> Iterator[None]:
-    """Run a block that may use up the device's memory.
-
-    Raises:
-        ResourceError: it did.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(f"out of memory on {device}", hint=hint) from error
 
 
 def gib(count: float) -> str:

@@ -27,13 +27,13 @@ from nexus_cli.io import console, model_dir, router_probs
 from nexus_cli.io.atomic import write_atomic
 from nexus_cli.io.model_dir import ModelShape
 from nexus_cli.io.workspace import Workspace
-from nexus_cli.pipeline.capacity import memory_on
 from nexus_cli.pipeline.collect_dry_run import describe
 from nexus_cli.pipeline.collect_partial import PartialStatistics, Progress
 from nexus_cli.pipeline.collect_plan import CollectPlan, make_plan
 from nexus_cli.pipeline.disk import room_for
 from nexus_cli.pipeline.forward_memory import keep_decoded
 from nexus_cli.pipeline.inputs import Artifact, model_input
+from nexus_cli.pipeline.out_of_memory import memory_on
 from nexus_cli.pipeline.router_statistics import save_moments
 from nexus_cli.pipeline.stage import StageOutput, stage
 from nexus_cli.pipeline.world import open_world
@@ -96,7 +96,8 @@ def _collect(job: _Job, out: StageOutput) -> PartialStatistics:
     folder = out.main.with_name(f".{out.main.name}.partial")
     partial = PartialStatistics(folder, plan.digest, world)
     started = time.monotonic()
-    own, new_tokens = _run_batches(job, plan, partial)
+    with memory_on(world.device, OUT_OF_MEMORY):
+        own, new_tokens = _run_batches(job, plan, partial)
     seconds = time.monotonic() - started
     parts = world.gather_objects((own.moments, new_tokens))
     if world.is_main:
@@ -187,7 +188,7 @@ def _run_batch(
     device: torch.device,
 ) -> None:
     """Count one batch; on a GPU, queue the work."""
-    with memory_on(device, OUT_OF_MEMORY), torch.inference_mode():
+    with torch.inference_mode():
         batch = batch.to(device)
         output = network.model(
             input_ids=batch.input_ids_BS,

@@ -20,6 +20,8 @@ from nexus_cli.io import console, manifest, model_dir
 from nexus_cli.io.model_dir import ModelShape
 from nexus_cli.io.pca_stats import PcaStats, load_pca_stats
 from nexus_cli.io.workspace import Workspace
+from nexus_cli.pipeline import convert_adapter
+from nexus_cli.pipeline.adapters import require_use
 from nexus_cli.pipeline.capacity import free_disk, gib
 from nexus_cli.pipeline.inputs import Artifact, model_input, stage_input
 from nexus_cli.pipeline.stage import stage
@@ -35,12 +37,22 @@ def run(
 ) -> None:
     """Write ``convert/model/``: the original's shards, linked, and one new shard beside them.
 
+    An adapter comes out as the whole model that it makes of its base; with ``config.adapter`` a
+    converted model goes out as an adapter.
+
     Raises:
         ConfigError: the model has a shared expert already, or more experts are asked for than
             the statistics name.
         ArtifactError: the statistics are of another model.
     """
     console.configure()
+    require_use(config.base, config.model)
+    if config.adapter:
+        convert_adapter.to_adapter(config, workspace, force=force, dry_run=dry_run)
+        return
+    if model_dir.is_adapter(Path(config.model).expanduser()):
+        convert_adapter.to_model(config, workspace, force=force, dry_run=dry_run)
+        return
     model = model_input(config.model)
     shape = model_dir.read_shape(model.path)
     if shape.num_shared_experts:

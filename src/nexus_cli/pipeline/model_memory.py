@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nexus_cli.core.model.gpt_oss.engine.attach import Engine
+from nexus_cli.core.model.gpt_oss.engine.attach import CHUNKS, Engine
 from nexus_cli.core.model.gpt_oss.engine.memory import BF16, EVERYTHING
 from nexus_cli.core.model.gpt_oss.engine.policy import Backend
 from nexus_cli.core.model.gpt_oss.loading import load_config, runs_engine
@@ -36,6 +36,14 @@ class EngineOnDisk(Engine):
         """The buffer that layers are decoded into, where the backend has one."""
         fused = EngineOnDisk(self._model, "fused")
         return self.transient_bytes(tokens) - fused.transient_bytes(tokens)
+
+    def least_bytes(self, tokens: int) -> int:
+        """The layers' inputs, less what the peak of a layer can save: the least of any plan."""
+        whole = self.transient_bytes(tokens)
+        self._workspace.chunk = -(-self._config.num_local_experts // CHUNKS)
+        saved = whole - self.transient_bytes(tokens)
+        self._workspace.chunk = None
+        return len(self._layers) * self.layer_bytes.input * tokens - saved
 
     def forward_bytes(self, tokens: int) -> int:
         """Peak of a forward pass that keeps nothing, the decoding buffer included.

@@ -29,6 +29,7 @@ from nexus_cli.io.teacher_writer import StoreWriter
 from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline.forward_memory import keep_decoded
 from nexus_cli.pipeline.inputs import Artifact, model_input
+from nexus_cli.pipeline.out_of_memory import memory_on
 from nexus_cli.pipeline.precompute_dry_run import describe
 from nexus_cli.pipeline.stage import StageOutput, stage
 from nexus_cli.pipeline.teacher_rows import Answer, ask
@@ -37,6 +38,7 @@ from nexus_cli.pipeline.world import open_world
 
 log = logging.getLogger(__name__)
 
+OUT_OF_MEMORY = "use a smaller --batch-size or --seq-len, or name another --device"
 ROWS_A_SHARD = 256
 MIN_SHARDS = 16  # where there are as many batches: work for several ranks, little lost by a kill
 
@@ -107,7 +109,8 @@ def _write_store(
     plan = _plan(config, teacher, shape, text, order_N, world)
     writer = StoreWriter(out.directory, plan)
     world.from_main(lambda: writer.prepare(force=force))
-    records = _write_shards(config, teacher, text.blocks, order_N, writer, world)
+    with memory_on(world.device, OUT_OF_MEMORY):
+        records = _write_shards(config, teacher, text.blocks, order_N, writer, world)
     gathered = world.gather_objects(records)
     if world.is_main:
         manifest = writer.finish(list(chain.from_iterable(gathered)))

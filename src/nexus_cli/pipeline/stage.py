@@ -19,7 +19,7 @@ from nexus_cli.pipeline.inputs import Artifact
 
 log = logging.getLogger(__name__)
 
-PLACES = {"runtime", "output"}  # say how and where, never what: they leave no stage stale
+PLACES = {"runtime", "output", "base"}  # say how and where, never what: they leave no stage stale
 
 
 class Ranks(Protocol):

@@ -14,7 +14,7 @@ from nexus_cli.core.data.batch import Batch
 from nexus_cli.core.distill.topk import TopK, top_k
 from nexus_cli.core.model.gpt_oss.modeling_nexus_gpt_oss import NexusGptOssForCausalLM
 from nexus_cli.core.router.batching import to_device
-from nexus_cli.errors import ArtifactError, ResourceError
+from nexus_cli.errors import ArtifactError
 from nexus_cli.io.teacher_shards import StoreRows
 
 # Shape letters in this file: B sequences, S positions, K kept entries, H hidden size,
@@ -69,9 +69,6 @@ def ask(model: NexusGptOssForCausalLM, batch: Batch, k: int) -> Answer:
         model: the teacher, on any device; it runs as it is, with the shared experts it has.
         batch: sequences, on the CPU.
         k: entries kept a position.
-
-    Raises:
-        ResourceError: the batch does not fit in the device's memory.
     """
     head_VH = model.lm_head.weight
     device = head_VH.device
@@ -79,20 +76,14 @@ def ask(model: NexusGptOssForCausalLM, batch: Batch, k: int) -> Answer:
     held_BS[:, :-1] = batch.loss_mask_BS[:, 1:]
     labels_M = batch.input_ids_BS[:, 1:][batch.loss_mask_BS[:, 1:]]
     place_M = held_BS.flatten().nonzero()[:, 0]  # on the host: a mask on the device is waited for
-    try:
-        with torch.inference_mode():
-            hidden_BSH = model.model(
-                input_ids=to_device(batch.input_ids_BS, device),
-                position_ids=to_device(batch.position_ids_BS, device),
-                use_cache=False,
-            ).last_hidden_state
-            hidden_MH = hidden_BSH.flatten(0, 1).index_select(0, to_device(place_M, device))
-            kept, there = _on_host(top_k(hidden_MH, head_VH, to_device(labels_M, device), k))
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"the teacher does not fit on {device} with {len(batch)} sequences a batch",
-            hint="use a smaller --batch-size or --seq-len",
-        ) from error
+    with torch.inference_mode():
+        hidden_BSH = model.model(
+            input_ids=to_device(batch.input_ids_BS, device),
+            position_ids=to_device(batch.position_ids_BS, device),
+            use_cache=False,
+        ).last_hidden_state
+        hidden_MH = hidden_BSH.flatten(0, 1).index_select(0, to_device(place_M, device))
+        kept, there = _on_host(top_k(hidden_MH, head_VH, to_device(labels_M, device), k))
     return Answer(batch, held_BS, kept, there)
 
 

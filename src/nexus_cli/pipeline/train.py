@@ -16,27 +16,34 @@ from nexus_cli.core import distributed
 from nexus_cli.core.distill.anchor import Anchor
 from nexus_cli.core.distributed import World
 from nexus_cli.core.model.gpt_oss.export import NEXUS_SHARD
+from nexus_cli.core.train.best import read_best
 from nexus_cli.core.train.checkpoints import Checkpoint
 from nexus_cli.core.train.determinism import make_deterministic
-from nexus_cli.core.train.loop import Loop, NotFiniteError, Parts, Progress
+from nexus_cli.core.train.diagnosis import diagnose
+from nexus_cli.core.train.guard import LossError
+from nexus_cli.core.train.loop import Loop, Parts, Progress, Recorder
 from nexus_cli.core.train.precision import frozen_dtype
 from nexus_cli.core.train.ranks import wrap_for_ranks
 from nexus_cli.core.train.signals import StopRequest
 from nexus_cli.core.train.state import restore, restore_rng
 from nexus_cli.errors import ArtifactError, Interrupted, ResourceError
-from nexus_cli.io import console, manifest
-from nexus_cli.io.metrics import FILENAME, MetricsWriter
+from nexus_cli.io import adapter_dir, console, manifest, model_dir
+from nexus_cli.io.metrics import FILENAME, MetricsWriter, read_metrics
 from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline.stage import StageOutput, stage
 from nexus_cli.pipeline.training import assemble, plan
 from nexus_cli.pipeline.training.request import Request, offline_request, online_request
 from nexus_cli.pipeline.training.resume import choose_start, identity, load_start
+from nexus_cli.pipeline.training.shortage import memory_of_run
 from nexus_cli.pipeline.training.text import held_out_text, training_batches
+from nexus_cli.pipeline.training.trackers import reporting, require_trackers
 from nexus_cli.pipeline.world import open_world
 
 log = logging.getLogger(__name__)
 
 LOG = "training.log"
+MODEL_FILES = ("config.json", model_dir.INDEX, NEXUS_SHARD)
+ADAPTER_FILES = (model_dir.ADAPTER, adapter_dir.TENSORS)
 
 Prepare = Callable[[TrainConfig, Workspace, int], Request]
 
@@ -74,6 +81,7 @@ def _run(
         make_deterministic()
     world = open_world(config.runtime.device)
     teacher_device = _teacher_device(config, world)
+    require_trackers(config.runtime.report_to)
     request = prepare(config, workspace, world.size)
     if dry_run:
         directory = config.output or workspace.stage_dir(request.command)
@@ -113,14 +121,24 @@ def _train(
         if world.is_main:
             held.callback(_close, _open_log(out.directory, is_new=start is None))
         log.info("%s", plan.steps_sentence(request))
-        models = assemble.load_models(request, world, teacher_device)
+        with memory_of_run(request, world.device, teacher_device):
+            models = assemble.load_models(request, world, teacher_device)
         anchor = assemble.make_anchor(request, models)
         progress = _restored(start, models, anchor, world)
         held_out = held_out_text(request, workspace, world)
-        recorder = None
+        recorder: Recorder | None = None
         if world.is_main:
             path = out.directory / FILENAME
-            recorder = held.enter_context(MetricsWriter(path, progress.step if start else None))
+            writer = held.enter_context(MetricsWriter(path, progress.step if start else None))
+            recorder = held.enter_context(
+                reporting(
+                    writer,
+                    request.config.runtime.report_to,
+                    out.directory,
+                    request.config.model_dump(mode="json"),
+                    progress.step,
+                )
+            )
             recorder.write(_start_record(request, progress, mine, world))
         parts = Parts(
             module=wrap_for_ranks(models.step, world),
@@ -134,12 +152,27 @@ def _train(
             evaluate=assemble.make_evaluate(models, held_out, world),
             stop=stop,
             anchor=anchor,
+            keeper=assemble.make_keeper(request, out.directory, held_out, world, progress),
+            show=held.enter_context(console.live_line()),
         )
         settings = assemble.loop_settings(request, evaluates=held_out is not None)
-        received = _take_steps(Loop(parts, settings, progress), out.directory)
+        with memory_of_run(request, world.device, teacher_device, step=lambda: progress.step + 1):
+            received = _take_steps(Loop(parts, settings, progress), out.directory)
     if received:
         raise _interrupted(received, progress, request, out.directory)
-    _commit(out, request, world)
+    _tell(out.directory, request, world)
+    _commit(out, request, progress, world)
+
+
+def _tell(directory: Path, request: Request, world: World) -> None:
+    """The closing diagnosis, in the log and on the terminal."""
+    if not world.is_main:
+        return
+    replay = [
+        name for name, w in zip(request.sources, request.weights, strict=True) if w.kd and not w.ce
+    ]
+    for sentence in diagnose(read_metrics(directory), replay):
+        log.info("%s", sentence)
 
 
 def _restored(
@@ -163,16 +196,11 @@ def _take_steps(loop: Loop, directory: Path) -> int:
     """Run the loop; what goes wrong inside it, in the user's words."""
     try:
         return loop.run()
-    except NotFiniteError as error:
+    except LossError as error:
         raise ArtifactError(
             f"{error}; nothing was learned from it and no file was overwritten",
             hint="lower --learning-rate, or look at that text; the checkpoints before it are "
             f"in {directory}",
-        ) from error
-    except torch.OutOfMemoryError as error:
-        raise ResourceError(
-            f"out of memory in step {loop.progress.step + 1}: {error}",
-            hint="lower --batch-size, or use --set runtime.gradient_checkpointing=true",
         ) from error
 
 
@@ -235,14 +263,23 @@ def _interrupted(
     return error
 
 
-def _commit(out: StageOutput, request: Request, world: World) -> None:
-    """Name the run's outputs; the last checkpoint is what later stages read."""
-    out.main = out.directory / f"checkpoint-{request.max_steps}"
+def _commit(out: StageOutput, request: Request, progress: Progress, world: World) -> None:
+    """Name the run's outputs; later stages read the last checkpoint.
+
+    Whoever asked for an early end wants the best instead.
+    """
+    best = read_best(out.directory) if request.config.evaluation.patience else None
+    step = best.step if best is not None and best.step else progress.step
+    out.main = out.directory / f"checkpoint-{step}"
     if world.is_main:
         out.add(out.directory / FILENAME, format="nexus.metrics/1")
-        for name in ("config.json", "model.safetensors.index.json", NEXUS_SHARD):
-            out.add(out.main / name, format="nexus.model/1")
-    console.result(f"{out.main}: trained for {request.max_steps} steps")
+        # By what lies there: a run that goes on may have its last checkpoint in the other form.
+        is_adapter = model_dir.is_adapter(out.main)
+        format = adapter_dir.FORMAT if is_adapter else "nexus.model/1"
+        for name in ADAPTER_FILES if is_adapter else MODEL_FILES:
+            out.add(out.main / name, format=format)
+    which = "" if step == progress.step else f", the best of {progress.step}"
+    console.result(f"{out.main}: trained for {step} steps{which}")
 
 
 def _open_log(directory: Path, *, is_new: bool) -> logging.Handler:

@@ -25,6 +25,7 @@ from nexus_cli.io import console
 from nexus_cli.io.report import FILENAME, FORMAT, read_report, to_json, write_report
 from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline import chat, validate_plan, validate_report
+from nexus_cli.pipeline.out_of_memory import memory_on
 from nexus_cli.pipeline.stage import stage
 from nexus_cli.pipeline.text import load_tokenized
 from nexus_cli.pipeline.validate_checks import Check, structure, switched_off
@@ -32,6 +33,11 @@ from nexus_cli.pipeline.validate_models import Changes, Choice, changes, choose
 from nexus_cli.pipeline.world import open_world
 
 log = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = (
+    "use a smaller --set runtime.batch_size or --set window, or --baseline self: one copy in memory"
+)
+OUT_OF_MEMORY_CHAT = "begin again with a shorter conversation, or name another --device"
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,9 @@ def run(
         _check(config, workspace, choice, world, force=force, as_json=mode.json)
     if mode.chat:
         named = choice.kind == "named"
-        chat.run(choice, compare=named or config.baseline is not None, config=config, world=world)
+        compare = named or config.baseline is not None
+        with memory_on(world.device, OUT_OF_MEMORY_CHAT):
+            chat.run(choice, compare=compare, config=config, world=world)
 
 
 def _check(
@@ -100,7 +108,8 @@ def _check(
     ) as out:
         path = config.output or workspace.stage_dir("validate") / FILENAME
         if out is not None:
-            made = _report(config, choice, world)
+            with memory_on(world.device, OUT_OF_MEMORY):
+                made = _report(config, choice, world)
             if world.is_main:
                 write_report(out.main, made)
                 out.add(out.main, format=FORMAT)

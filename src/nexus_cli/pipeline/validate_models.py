@@ -16,6 +16,7 @@ from nexus_cli.errors import ArtifactError, ConfigError, WorkspaceError
 from nexus_cli.io import model_dir, tensor_files
 from nexus_cli.io.manifest import Manifest
 from nexus_cli.io.workspace import Workspace
+from nexus_cli.pipeline.adapters import model_or_adapter, require_use
 from nexus_cli.pipeline.inputs import Artifact, model_input
 
 TRAININGS = ("train", "train-offline")
@@ -78,16 +79,19 @@ def choose(config: ValidateConfig, workspace: Workspace) -> Choice:
         WorkspaceError: no model was named, and the workspace has none, or a stale one.
         ArtifactError: a folder is damaged, or the two models do not go together.
     """
-    model = _model(config, workspace)
+    path = _find_model(config, workspace)
+    other = None if config.baseline in (None, SELF) else _folder(config.baseline)
+    require_use(config.base, path, other)
+    model = model_or_adapter(path, workspace, config.base)
     base = _base_of(model)
     if config.baseline is None:
         if base is not None:
             return Choice(model, base, "base", base, f"the base it was converted from, {base.path}")
         return Choice(model, None, "self", None, "its own weights with the shared experts off")
-    if config.baseline == SELF:
+    if other is None:
         reason = "its own weights with the shared experts off, as asked"
         return Choice(model, base, "self", None, reason)
-    named = model_input(_folder(config.baseline))
+    named = model_or_adapter(other, workspace, config.base)
     _check_pair(model.path, named.path)
     if base is None and _is_plain(named.path):
         base = named
@@ -103,9 +107,10 @@ def changes(choice: Choice) -> Changes | None:
     return Changes(tuple(name for name in names if name not in routers), routers)
 
 
-def _model(config: ValidateConfig, workspace: Workspace) -> Artifact:
+def _find_model(config: ValidateConfig, workspace: Workspace) -> Path:
+    """The folder of what is judged: a model, or an adapter."""
     if config.checkpoint is not None:
-        return model_input(_folder(config.checkpoint))
+        return _folder(config.checkpoint)
     finished = {name: found for name in TRAININGS if (found := workspace.find(name)) is not None}
     if finished:
         stage = max(finished, key=lambda name: _when(finished[name]))
@@ -119,7 +124,7 @@ def _model(config: ValidateConfig, workspace: Workspace) -> Artifact:
         )
     path = _newest_checkpoint(path)
     log.info("no --model was given: validating %s", path)
-    return model_input(path)
+    return path
 
 
 def _when(found: Manifest) -> str:
@@ -127,15 +132,17 @@ def _when(found: Manifest) -> str:
 
 
 def _folder(name: str) -> Path:
-    """A model folder, or the newest checkpoint of a training's folder."""
+    """A model's or an adapter's folder, or the newest checkpoint of a training's folder."""
     path = Path(name).expanduser()
+    if model_dir.is_adapter(path):
+        return path
     if not model_dir.is_model(path) and find_checkpoints(path):
         return _newest_checkpoint(path)
     return model_dir.resolve_model(name)
 
 
 def _newest_checkpoint(path: Path) -> Path:
-    if model_dir.is_model(path):
+    if model_dir.is_model(path) or model_dir.is_adapter(path):
         return path
     found = find_checkpoints(path)
     if not found:

@@ -105,7 +105,7 @@ def losses():
     """What a run recorded, step by step, without what a clock measured."""
 
     def read(directory):
-        timed = {"tokens_per_second", "memory_gib"}
+        timed = {"tokens_per_second", "memory_gib", "seconds"}
         return [
             {key: value for key, value in record.items() if key not in timed}
             for record in read_metrics(directory)

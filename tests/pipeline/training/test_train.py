@@ -14,7 +14,7 @@ from nexus_cli.core.train import step
 from nexus_cli.errors import ArtifactError, ConfigError, ResourceError, WorkspaceError
 from nexus_cli.io import model_dir
 from nexus_cli.io.hashing import sha256_file
-from nexus_cli.io.metrics import read_metrics
+from nexus_cli.io.metrics import MetricsWriter, read_metrics
 from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline import train
 
@@ -209,5 +209,29 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(make_config, tmp_path, cap
 
 def test_a_dry_run_says_what_does_not_fit(make_config, tmp_path):
     config = make_config(output=tmp_path / "run", batch_size=10**9)
-    with pytest.raises(ResourceError, match="needs about"):
+    with pytest.raises(ResourceError, match="needs about") as caught:
         train.run_online(config, Workspace(tmp_path / "workspace"), dry_run=True)
+    assert "would fit in" in caught.value.hint
+    assert "--batch-size" in caught.value.hint
+
+
+def test_a_dry_run_estimates_the_time_from_the_run_that_was_there(make_config, tmp_path, capsys):
+    def told(**changes):
+        config = make_config(output=tmp_path / "run", **changes)
+        train.run_online(config, Workspace(tmp_path / "workspace"), dry_run=True)
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "not known yet: the run's log says it after 5 steps" in told()
+    (tmp_path / "run").mkdir()
+    measured = {
+        ("start", "cpu"): (1.0, 64.0, 64.0),  # the first step warms up
+        ("resume", "cuda:0"): (1e6, 1e6, 1e6),  # another device
+    }
+    with MetricsWriter(tmp_path / "run" / "metrics.jsonl") as writer:
+        for (event, device), rates in measured.items():
+            writer.write({"step": 0, "event": event, "device": device})
+            for number, rate in enumerate(rates, start=1):
+                writer.write({"step": number, "loss": 1.0, "tokens_per_second": rate})
+    # 10 steps of 2 sequences of 32 tokens
+    assert "about 10 s in steps, at the 64 tokens/s that the run" in told()
+    assert "about 20 s in steps" in told(batch_size=4)

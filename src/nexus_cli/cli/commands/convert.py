@@ -15,6 +15,7 @@ from nexus_cli.io.workspace import DEFAULT_ROOT, Workspace
 
 def convert(
     model: Annotated[str | None, flag(ConvertConfig, "model", "--input", "--model")] = None,
+    base: Annotated[str | None, flag(ConvertConfig, "base", "--base")] = None,
     output: Annotated[Path | None, flag(ConvertConfig, "output", "--output")] = None,
     pca_stats: Annotated[Path | None, flag(ConvertConfig, "pca_stats", "--pca-stats")] = None,
     init_strategy: Annotated[
@@ -33,6 +34,10 @@ def convert(
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the original shards; do not link them.")
     ] = False,
+    adapter: Annotated[
+        bool,
+        typer.Option("--adapter", help="Write a converted model or a checkpoint as an adapter."),
+    ] = False,
     workspace: WorkspaceDir = DEFAULT_ROOT,
     config_file: ConfigFile = None,
     sets: Sets = None,
@@ -45,6 +50,7 @@ def convert(
         file=config_file,
         sets=sets or (),
         model=model,
+        base=base,
         output=output,
         pca_stats=pca_stats,
         init_strategy=init_strategy,
@@ -53,6 +59,7 @@ def convert(
         num_shared_experts=num_shared_experts,
         shared_intermediate_size=shared_intermediate_size,
         copy_shards=copy or None,
+        adapter=adapter or None,
     )
 
     from nexus_cli.pipeline.convert import run

@@ -23,6 +23,7 @@ T = TrainConfig
 
 def train(
     student_model: options.StudentModel = None,
+    base: options.Base = None,
     teacher_model: Annotated[str | None, flag(T, "teacher.model", "--teacher-model")] = None,
     student_device: Annotated[
         str | None, flag(T, "runtime.device", "--student-device", "--device")
@@ -39,9 +40,14 @@ def train(
     optimizer: options.Optimizer = None,
     freeze_router: options.FreezeRouter = False,
     train_router: options.TrainRouter = False,
+    train_router_bias: options.TrainRouterBias = False,
     use_advanced_scheduler: options.Advanced = False,
+    seed: options.Seed = None,
+    eval_every: options.EvalEvery = None,
     save_every: options.SaveEvery = None,
     keep_last: options.KeepLast = None,
+    adapter: options.Adapter = False,
+    report_to: options.ReportTo = None,
     resume: options.Resume = None,
     experts_backend: ExpertsBackend = None,
     deterministic: options.Deterministic = False,
@@ -54,17 +60,21 @@ def train(
 ) -> None:
     flags = {
         "student": student_model,
+        "base": base,
         "teacher": {"model": teacher_model},
-        "data": {"sources": data, "data_dir": data_dir},
+        "data": {"sources": data, "data_dir": data_dir, "seed": seed},
         "max_steps": max_steps,
         "batch_size": batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "optimizer": {"learning_rate": learning_rate, "kind": optimizer},
+        "evaluation": {"every": eval_every},
         "runtime": {
             "device": student_device,
             "teacher_device": teacher_device,
             "save_every": save_every,
             "keep_last": keep_last,
+            "adapter": adapter or None,
+            "report_to": report_to,
             "resume": resume,
             "experts_backend": experts_backend,
             "deterministic": deterministic or None,
@@ -77,6 +87,7 @@ def train(
         flags,
         freeze_router=freeze_router,
         train_router=train_router,
+        train_router_bias=train_router_bias,
         advanced=use_advanced_scheduler,
     )
 

@@ -26,6 +26,7 @@ def train_offline(
         Path | None, flag(T, "teacher.store", "--precomputed-teacher")
     ] = None,
     student_model: options.StudentModel = None,
+    base: options.Base = None,
     device: Annotated[str | None, flag(T, "runtime.device", "--device")] = None,
     max_steps: options.MaxSteps = None,
     batch_size: options.BatchSize = None,
@@ -34,9 +35,14 @@ def train_offline(
     optimizer: options.Optimizer = None,
     freeze_router: options.FreezeRouter = False,
     train_router: options.TrainRouter = False,
+    train_router_bias: options.TrainRouterBias = False,
     use_advanced_scheduler: options.Advanced = False,
+    seed: options.Seed = None,
+    eval_every: options.EvalEvery = None,
     save_every: options.SaveEvery = None,
     keep_last: options.KeepLast = None,
+    adapter: options.Adapter = False,
+    report_to: options.ReportTo = None,
     resume: options.Resume = None,
     experts_backend: ExpertsBackend = None,
     deterministic: options.Deterministic = False,
@@ -49,15 +55,20 @@ def train_offline(
 ) -> None:
     flags = {
         "student": student_model,
+        "base": base,
         "teacher": {"store": precomputed_teacher},
+        "data": {"seed": seed},
         "max_steps": max_steps,
         "batch_size": batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "optimizer": {"learning_rate": learning_rate, "kind": optimizer},
+        "evaluation": {"every": eval_every},
         "runtime": {
             "device": device,
             "save_every": save_every,
             "keep_last": keep_last,
+            "adapter": adapter or None,
+            "report_to": report_to,
             "resume": resume,
             "experts_backend": experts_backend,
             "deterministic": deterministic or None,
@@ -70,6 +81,7 @@ def train_offline(
         flags,
         freeze_router=freeze_router,
         train_router=train_router,
+        train_router_bias=train_router_bias,
         advanced=use_advanced_scheduler,
     )
 

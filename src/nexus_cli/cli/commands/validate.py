@@ -23,6 +23,7 @@ from nexus_cli.io.workspace import DEFAULT_ROOT, Workspace
 
 def validate(
     model: Annotated[str | None, flag(ValidateConfig, "checkpoint", "--model")] = None,
+    base: Annotated[str | None, flag(ValidateConfig, "base", "--base")] = None,
     baseline: Annotated[str | None, flag(ValidateConfig, "baseline", "--baseline")] = None,
     compute_perplexity: Annotated[
         bool, typer.Option("--compute-perplexity", help="Score text (done unless --chat is alone).")
@@ -59,6 +60,7 @@ def validate(
         file=config_file,
         sets=sets or (),
         checkpoint=model,
+        base=base,
         baseline=baseline,
         compute_perplexity=compute_perplexity or None,
         domain={"sources": data, "data_dir": folder},

@@ -1,8 +1,9 @@
-"""KL of one chunk of positions and its gradient, for a dense and for a top-K teacher."""
+"""Divergence of one chunk of positions and its gradient, for a dense and for a top-K teacher."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,19 +14,24 @@ from nexus_cli.core.distill.teacher import DenseSignal, TeacherSignal, TopKSigna
 # Shape letters in this file: C positions of one chunk, V vocabulary, K teacher entries kept for
 # each position; signals here hold the chunk's positions only.
 
+DivergenceKind = Literal["forward", "reverse", "jsd"]
+
+# exp(80) is finite in float32, and a ratio beyond it leaves no trace in the mixture's logarithm.
+_LARGEST_GAP = 80.0
+
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL of every position and its gradient.
+    """The divergence of every position and its gradient.
 
     Attributes:
-        kl_C: ``KL(teacher || student)`` in nats at the temperature asked ``[C]``, not yet x T^2.
+        value_C: in nats at the temperature asked ``[C]``, not yet x T^2.
         gradient_CV: its gradient with respect to ``logits / T`` ``[C, V]``.
         entropy_C: the teacher's entropy in nats ``[C]``, if metrics were asked for.
         agreement_C: whether the likeliest tokens agree ``[C]``, likewise.
     """
 
-    kl_C: Tensor
+    value_C: Tensor
     gradient_CV: Tensor
     entropy_C: Tensor | None = None
     agreement_C: Tensor | None = None
@@ -38,8 +44,15 @@ def vocabulary_divergence(
     *,
     temperature: float,
     metrics: bool = False,
+    kind: DivergenceKind = "forward",
+    jsd_beta: float = 0.5,
 ) -> Divergence:
-    """KL(teacher || student) over the vocabulary.
+    """A divergence of the teacher's ``p`` and the student's ``q`` over the vocabulary.
+
+    ``forward`` is ``KL(p || q)`` and ``reverse`` ``KL(q || p)``. ``jsd`` is the generalised
+    Jensen-Shannon divergence of GKD (arXiv 2306.13649, with the teacher as P):
+    ``beta KL(p || m) + (1 - beta) KL(q || m)`` with ``m = beta p + (1 - beta) q``. So beta is the
+    teacher's share of the mixture and the weight of the teacher's KL, and nothing normalises it.
 
     Args:
         logq_CV: the student's log-probabilities at this temperature ``[C, V]``, float32 or
@@ -48,34 +61,96 @@ def vocabulary_divergence(
         head_VH: the frozen head ``[V, H]``, for a dense teacher.
         temperature: divides the logits of a dense teacher.
         metrics: fill in ``entropy_C`` and ``agreement_C``.
+        kind: which divergence; a top-K teacher knows the forward one alone.
+        jsd_beta: beta of ``jsd``, in (0, 1).
+
+    Raises:
+        ValueError: a top-K teacher is asked for another divergence than ``forward``.
     """
     top1_C = logq_CV.argmax(-1) if metrics else None
     if isinstance(signal, TopKSignal):
+        require_dense(kind)
         return _topk_divergence(logq_CV, signal, top1_C)
-    return _dense_divergence(logq_CV, signal, head_VH, temperature, top1_C)
+    logp_CV = _teacher_logprobs(signal, head_VH, temperature)
+    return _dense_divergence(logq_CV, logp_CV, top1_C, kind, jsd_beta)
+
+
+def require_dense(kind: DivergenceKind) -> None:
+    """Refuse a top-K teacher for what weighs by the student's own probabilities.
+
+    The student's mass may lie on tokens of which the teacher's top K says nothing but their sum.
+
+    Raises:
+        ValueError: ``kind`` is not ``forward``.
+    """
+    if kind != "forward":
+        raise ValueError(f"the {kind} divergence needs a dense teacher, not a top K of one")
+
+
+def _teacher_logprobs(signal: DenseSignal, head_VH: Tensor, temperature: float) -> Tensor:
+    teacher_CV = project(signal.hidden_NH, head_VH)
+    if temperature != 1.0:
+        teacher_CV.div_(temperature)
+    return torch.log_softmax(teacher_CV, dim=-1)
 
 
 def _dense_divergence(
     logq_CV: Tensor,
-    signal: DenseSignal,
-    head_VH: Tensor,
-    temperature: float,
+    logp_CV: Tensor,
     student_top1_C: Tensor | None,
+    kind: DivergenceKind,
+    jsd_beta: float,
 ) -> Divergence:
-    """Full-vocabulary KL, over differences: equal hidden states give exactly 0, gradient too."""
-    teacher_CV = project(signal.hidden_NH, head_VH)
-    if temperature != 1.0:
-        teacher_CV.div_(temperature)
-    logp_CV = torch.log_softmax(teacher_CV, dim=-1)
-    del teacher_CV
+    """Over the whole vocabulary; ``logp_CV`` is overwritten too.
+
+    All three are sums over the differences ``ln p - ln q``: equal hidden states give exactly 0,
+    gradient too. Logarithms stay finite where a probability underflows.
+    """
     p_CV = logp_CV.exp()
     entropy_C = agreement_C = None
     if student_top1_C is not None:
-        entropy_C = -torch.einsum("cv,cv->c", p_CV, logp_CV)
+        entropy_C = -_weighted(p_CV, logp_CV)
         agreement_C = logp_CV.argmax(-1) == student_top1_C
-    kl_C = logp_CV.sub_(logq_CV).mul_(p_CV).sum(-1)
-    del logp_CV
-    return Divergence(kl_C, p_CV.neg_().add_(logq_CV.exp_()), entropy_C, agreement_C)
+    gap_CV, q_CV = logp_CV.sub_(logq_CV), logq_CV.exp_()
+    if kind == "forward":
+        value_C, gradient_CV = _forward(gap_CV, p_CV, q_CV)
+    elif kind == "reverse":
+        value_C, gradient_CV = _reverse(gap_CV, q_CV)
+    else:
+        value_C, gradient_CV = _jsd(gap_CV, p_CV, q_CV, jsd_beta)
+    return Divergence(value_C, gradient_CV, entropy_C, agreement_C)
+
+
+def _forward(gap_CV: Tensor, p_CV: Tensor, q_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """``KL(p || q)`` and ``q - p``; ``gap_CV`` and ``p_CV`` are overwritten."""
+    return gap_CV.mul_(p_CV).sum(-1), p_CV.neg_().add_(q_CV)
+
+
+def _reverse(gap_CV: Tensor, q_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """``KL(q || p)`` and ``q (ln q - ln p - KL)``; ``gap_CV`` is overwritten."""
+    value_C = -_weighted(q_CV, gap_CV)
+    return value_C, gap_CV.add_(value_C[:, None]).mul_(q_CV).neg_()
+
+
+def _jsd(gap_CV: Tensor, p_CV: Tensor, q_CV: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """``beta KL(p || m) + (1 - beta) KL(q || m)`` and its gradient; ``gap_CV`` is overwritten.
+
+    With ``d = ln p - ln q`` and ``r = ln(m / q) = ln(1 + beta (e^d - 1))`` the value is
+    ``beta sum p d - sum m r``, and the gradient ``(1 - beta) q (ln q - ln m - KL(q || m))``: m
+    adds nothing to it, as its own derivative sums to one. Where d is large ``r - d`` has reached
+    ``ln beta`` and q has vanished, so d may be capped.
+    """
+    gap_CV.clamp_(max=_LARGEST_GAP)
+    value_C = beta * _weighted(p_CV, gap_CV)
+    ratio_CV = gap_CV.expm1_().mul_(beta).log1p_()
+    student_C = _weighted(q_CV, ratio_CV)  # -KL(q || m)
+    value_C -= beta * _weighted(p_CV, ratio_CV) + (1 - beta) * student_C
+    return value_C, ratio_CV.sub_(student_C[:, None]).mul_(q_CV).mul_(beta - 1)
+
+
+def _weighted(weight_CV: Tensor, value_CV: Tensor) -> Tensor:
+    """Sum of products ``[C]``, without a buffer of them."""
+    return torch.einsum("cv,cv->c", weight_CV, value_CV)
 
 
 def _topk_divergence(
@@ -98,16 +173,16 @@ def _topk_divergence(
 
     kept_C = torch.where(used_CK, p_CK * (logp_CK - logq_CK), 0.0).sum(-1)
     rest_C = teacher_tail_C * (teacher_logtail_C - student_tail_C.log())
-    kl_C = kept_C + torch.where(teacher_tail_C == 0, 0.0, rest_C)  # a tail of NaN stays one
+    value_C = kept_C + torch.where(teacher_tail_C == 0, 0.0, rest_C)  # a tail of NaN stays one
 
     gradient_CV.mul_((1.0 - teacher_tail_C / student_tail_C)[:, None])
     gradient_CV.scatter_(1, ids_CK, logq_CK.exp() - p_CK)
     if student_top1_C is None:
-        return Divergence(kl_C, gradient_CV)
+        return Divergence(value_C, gradient_CV)
     entropies_CK = torch.where(used_CK, torch.special.entr(p_CK), 0.0)
     entropy_C = entropies_CK.sum(-1) + torch.special.entr(teacher_tail_C)
     teacher_top1_C = ids_CK.gather(1, logp_CK.argmax(-1, keepdim=True))[:, 0]
-    return Divergence(kl_C, gradient_CV, entropy_C, teacher_top1_C == student_top1_C)
+    return Divergence(value_C, gradient_CV, entropy_C, teacher_top1_C == student_top1_C)
 
 
 def _fill_unused(signal: TopKSignal, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Cross entropy and vocabulary KL from hidden states, without ever holding ``[N, V]`` logits."""
+"""Cross entropy and vocabulary divergence from hidden states, never holding ``[N, V]`` logits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nexus_cli.core.distill.divergence import vocabulary_divergence
+from nexus_cli.core.distill.divergence import (
+    DivergenceKind,
+    require_dense,
+    vocabulary_divergence,
+)
 from nexus_cli.core.distill.kernel_chunks import KernelChunks, backproject, takes_kernels
 from nexus_cli.core.distill.projection import project
 from nexus_cli.core.distill.teacher import DenseSignal, TeacherSignal, TopKSignal
@@ -25,10 +29,11 @@ class HeadLoss:
     A position is active if one of its weights is not zero. Everywhere else the parts are zero.
 
     Attributes:
-        total: ``sum_n ce_weight_n CE_n + kd_weight_n T^2 KL_n``, a scalar; differentiable with
+        total: ``sum_n ce_weight_n CE_n + kd_weight_n T^2 D_n``, a scalar; differentiable with
             respect to the hidden states only.
         ce_N: cross entropy in nats of every active position ``[N]``, detached.
-        kd_N: ``T^2 KL(teacher || student)`` where ``kd_weight`` is not zero ``[N]``, detached.
+        kd_N: ``T^2 D``, the divergence asked for, where ``kd_weight`` is not zero ``[N]``,
+            detached.
         entropy_N: the teacher's entropy in nats at this temperature ``[N]``, over K + 1 entries
             for a top-K teacher; ``None`` unless metrics were asked for.
         agreement_N: 1.0 where teacher and student have the same likeliest token ``[N]``; ``None``
@@ -53,8 +58,13 @@ def head_loss(
     temperature: float = 1.0,
     chunk_size: int = 256,
     metrics: bool = False,
+    divergence: DivergenceKind = "forward",
+    jsd_beta: float = 0.5,
 ) -> HeadLoss:
-    """Weighted cross entropy plus weighted ``T^2 KL(teacher || student)``.
+    """Weighted cross entropy plus a weighted ``T^2 D(teacher, student)``.
+
+    D is ``KL(teacher || student)``, or what ``divergence`` names
+    (:func:`~nexus_cli.core.distill.divergence.vocabulary_divergence` has the formulas).
 
     The head is frozen, so no weight gradient is needed: the gradient of the logits is turned
     into the gradient of the hidden states chunk by chunk, in the forward pass. Beyond the
@@ -62,8 +72,9 @@ def head_loss(
     most four float32 ``[chunk_size, V]`` buffers. Inactive positions cost nothing.
 
     A bfloat16 head on a CUDA device takes the kernels of
-    :func:`~nexus_cli.core.kernels.head_loss.head_loss_chunk`: at most two float32 buffers and a
-    bfloat16 one, kept for all chunks. Any other head or device takes the PyTorch form below.
+    :func:`~nexus_cli.core.kernels.head_loss.head_loss_chunk`, if the divergence is ``forward``:
+    at most two float32 buffers and a bfloat16 one, kept for all chunks. Any other divergence,
+    head or device takes the PyTorch form below.
 
     The caller puts masks and ``1 / global count`` into the weights. Sources: Hinton et al.,
     arXiv 1503.02531 (temperature); the tail bucket is derived in ``docs/losses.md``.
@@ -74,18 +85,25 @@ def head_loss(
             float32 (in float64 if the head is float64).
         labels_N: target token of every position ``[N]``, int64. Not read where inactive.
         ce_weight_N: weight of the cross entropy ``[N]``.
-        kd_weight_N: weight of the KL ``[N]``.
+        kd_weight_N: weight of the divergence ``[N]``.
         teacher: what the teacher says of the same positions, or ``None``.
-        temperature: divides both models' logits in the KL; its square multiplies the KL.
+        temperature: divides both models' logits in the divergence; its square multiplies it.
         chunk_size: positions a chunk.
         metrics: also return the teacher's entropy and the agreement (two more passes).
+        divergence: ``forward``, or for a dense teacher ``reverse`` or ``jsd``.
+        jsd_beta: beta of ``jsd``, in (0, 1).
 
     Raises:
-        ValueError: if the lengths differ, a KL weight has no teacher, or a top-K teacher was
-            taken at another temperature.
+        ValueError: if the lengths differ, a KL weight has no teacher, a top-K teacher was taken
+            at another temperature or is asked for another divergence, or ``jsd_beta`` is not
+            between 0 and 1.
     """
-    _check(hidden_NH, (labels_N, ce_weight_N, kd_weight_N), teacher, temperature)
-    settings = _Settings(temperature, chunk_size, metrics and teacher is not None)
+    _check(hidden_NH, (labels_N, ce_weight_N, kd_weight_N), teacher, temperature, divergence)
+    if not 0 < jsd_beta < 1:
+        raise ValueError(f"beta of the JSD must lie between 0 and 1, not {jsd_beta:g}")
+    settings = _Settings(
+        temperature, chunk_size, metrics and teacher is not None, divergence, jsd_beta
+    )
     with torch.no_grad():
         kd_active_N = kd_weight_N != 0
         ce_only_N = (ce_weight_N != 0) & ~kd_active_N
@@ -104,6 +122,8 @@ class _Settings:
     temperature: float
     chunk_size: int
     metrics: bool
+    divergence: DivergenceKind
+    jsd_beta: float
 
 
 class _HeadLossFunction(torch.autograd.Function):
@@ -127,7 +147,7 @@ class _HeadLossFunction(torch.autograd.Function):
         weights = (ce_weight_N.to(dtype), kd_weight_N.to(dtype))
         longest = min(settings.chunk_size, max(map(len, groups)))
         work = None
-        if takes_kernels(head_VH):
+        if takes_kernels(head_VH) and settings.divergence == "forward":  # all that they know
             work = KernelChunks(longest, head_VH, settings.temperature, settings.metrics)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             for rows_M, signal in zip(groups, (None, teacher), strict=True):
@@ -171,7 +191,7 @@ def _chunk(
     signal: TeacherSignal | None,
     settings: _Settings,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the logits ``[C, V]`` and (CE, T^2 KL, entropy, agreement) ``[4, C]``.
+    """Gradient of the logits ``[C, V]`` and (CE, T^2 D, entropy, agreement) ``[4, C]``.
 
     These buffers are the peak of the step, so each is overwritten or dropped when it can be.
     """
@@ -193,13 +213,19 @@ def _chunk(
         logq_CV.exp_()
     del logits_CV
     divergence = vocabulary_divergence(
-        softened_CV, signal, head_VH, temperature=temperature, metrics=settings.metrics
+        softened_CV,
+        signal,
+        head_VH,
+        temperature=temperature,
+        metrics=settings.metrics,
+        kind=settings.divergence,
+        jsd_beta=settings.jsd_beta,
     )
-    parts_4C[1] = divergence.kl_C * temperature**2
+    parts_4C[1] = divergence.value_C * temperature**2
     if divergence.entropy_C is not None and divergence.agreement_C is not None:
         parts_4C[2] = divergence.entropy_C
         parts_4C[3] = divergence.agreement_C
-    # The gradient of T^2 KL is T times the one with respect to logits / T. At T = 1 logq_CV is
+    # The gradient of T^2 D is T times the one with respect to logits / T. At T = 1 logq_CV is
     # softened_CV, which the divergence has turned into probabilities too.
     dlogits_CV = divergence.gradient_CV.mul_(kd_weight_C1 * temperature)
     dlogits_CV.addcmul_(logq_CV, ce_weight_C1)
@@ -227,11 +253,13 @@ def _check(
     per_position: tuple[Tensor, ...],
     teacher: TeacherSignal | None,
     temperature: float,
+    divergence: DivergenceKind,
 ) -> None:
     lengths = {len(hidden_NH), *map(len, per_position)}
     if isinstance(teacher, DenseSignal):
         lengths.add(len(teacher.hidden_NH))
     elif isinstance(teacher, TopKSignal):
+        require_dense(divergence)
         lengths |= {len(teacher.ids_NK), len(teacher.logprobs_NK), len(teacher.tail_logprob_N)}
         if teacher.temperature != temperature:
             raise ValueError(

@@ -21,7 +21,7 @@ def takes_kernels(head_VH: Tensor) -> bool:
 def backproject(dlogits_CV: Tensor, head_VH: Tensor) -> Tensor:
     """``[C, H]``. The kernels' products are summed in float32, over parts of V as well."""
     if takes_kernels(head_VH):
-        return torch.mm(dlogits_CV, head_VH, out_dtype=torch.float32)
+        return torch.mm(dlogits_CV.to(head_VH.dtype), head_VH, out_dtype=torch.float32)
     return dlogits_CV.to(head_VH.dtype) @ head_VH
 
 

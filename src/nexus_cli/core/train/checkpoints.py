@@ -1,4 +1,4 @@
-"""Folders ``checkpoint-N``: complete models, and the training state of the newest."""
+"""Folders ``checkpoint-N``: models or adapters, and the training state of the newest."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from nexus_cli.core.train.best import read_best
 from nexus_cli.core.train.state import COUNTERS, TrainingState, write_state
 from nexus_cli.io.atomic import atomic_directory
+from nexus_cli.io.model_dir import is_adapter, is_model
 
 NAME = re.compile(r"checkpoint-(\d+)")
 STATE = "training_state"
@@ -45,7 +47,7 @@ def find_checkpoints(directory: Path) -> list[Checkpoint]:
     found = (
         Checkpoint(int(match[1]), path)
         for path in directory.iterdir()
-        if (match := NAME.fullmatch(path.name)) and (path / "config.json").is_file()
+        if (match := NAME.fullmatch(path.name)) and (is_model(path) or is_adapter(path))
     )
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
@@ -64,7 +66,7 @@ def save_checkpoint(
     Args:
         directory: the run's folder.
         state: what to save; its masters are what the model is written from.
-        write_model: writes a complete model folder with these trained tensors.
+        write_model: writes a complete model folder, or an adapter's, with these trained tensors.
         keep_last: how many checkpoints stay.
     """
     saved = Checkpoint(state.step, directory / f"checkpoint-{state.step}")
@@ -87,10 +89,12 @@ def sweep(directory: Path) -> None:
 
 
 def _prune(directory: Path, keep_last: int) -> None:
-    checkpoints = find_checkpoints(directory)
+    """Keep the newest, and the best on held-out text beside them."""
+    checkpoints, best = find_checkpoints(directory), read_best(directory)
     for checkpoint in checkpoints[:-keep_last]:
-        remove_checkpoint(checkpoint)
-    for checkpoint in checkpoints[-keep_last:-WITH_STATE]:
+        if best is None or checkpoint.step != best.step:
+            remove_checkpoint(checkpoint)
+    for checkpoint in checkpoints[:-WITH_STATE]:
         if checkpoint.state.exists():
             _remove(checkpoint.state)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,14 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nexus_cli.core.data.batch import Batch
 from nexus_cli.core.distill.anchor import Anchor
 from nexus_cli.core.distill.schedule import Schedule, ScheduleValues
+from nexus_cli.core.distill.teacher import TeacherSignal
 from nexus_cli.core.distributed import World
+from nexus_cli.core.train.best import Best, BestKeeper
+from nexus_cli.core.train.estimate import Forecast
 from nexus_cli.core.train.feed import Feed
+from nexus_cli.core.train.guard import LossError, LossGuard
 from nexus_cli.core.train.optim import Rates, clip_gradients, set_rates
 from nexus_cli.core.train.ranks import StepCounts, agree
 from nexus_cli.core.train.record import (
-    Stopwatch,
     add_sums,
     gate_mean_abs,
     log_line,
@@ -29,12 +34,9 @@ from nexus_cli.core.train.record import (
 )
 from nexus_cli.core.train.signals import StopRequest
 from nexus_cli.core.train.step import StepScale
+from nexus_cli.core.train.timing import PhaseClock, Stopwatch
 
 log = logging.getLogger(__name__)
-
-
-class NotFiniteError(ValueError):
-    """A loss or a gradient is NaN or infinite; nothing was updated with it."""
 
 
 class Recorder(Protocol):
@@ -68,6 +70,8 @@ class LoopSettings:
         save_every: steps between checkpoints; ``None`` for the last one only.
         watch_every: steps between measurements of routing, agreement and teacher entropy.
         log_every: steps between log lines; every step is in the metrics.
+        patience: evaluations without improvement after which the run ends; ``None`` for never.
+        explosion: nats above the usual loss that a step may have; ``None`` for any.
     """
 
     max_steps: int
@@ -80,6 +84,8 @@ class LoopSettings:
     save_every: int | None = None
     watch_every: int = 10
     log_every: int = 10
+    patience: int | None = None
+    explosion: float | None = None
 
 
 @dataclass
@@ -98,6 +104,8 @@ class Parts:
         evaluate: measures held-out text, on all ranks together.
         stop: signals received.
         anchor: weight averaging, or ``None``.
+        keeper: of the best checkpoint, or ``None``.
+        show: puts a line of text in place of the last one, where somebody watches.
     """
 
     module: nn.Module
@@ -111,6 +119,8 @@ class Parts:
     evaluate: Callable[[], dict[str, dict[str, float]]]
     stop: StopRequest
     anchor: Anchor | None = None
+    keeper: BestKeeper | None = None
+    show: Callable[[str], None] = lambda _: None
 
 
 class Loop:
@@ -121,7 +131,15 @@ class Loop:
         self.settings = settings
         self.progress = progress
         self._watch = Stopwatch()
+        self._clock = PhaseClock(parts.world.device)
+        self._guard = LossGuard(settings.explosion)
         self._saved_at = progress.step
+        self._ends_early = False
+        self._forecast = Forecast(
+            settings.max_steps,
+            evaluate_every=settings.evaluate_every,
+            save_every=settings.save_every,
+        )
 
     def run(self) -> int:
         """Train.
@@ -131,41 +149,67 @@ class Loop:
             a checkpoint was saved.
 
         Raises:
-            NotFiniteError: a loss or gradient is not finite; the weights are those of the step
-                before, and no checkpoint is written.
+            LossError: a loss or gradient is not finite, or the loss explodes; the step's gradient
+                was not applied, and no checkpoint is written.
         """
         if self.progress.step == 0 and self.settings.evaluate_every:
             self._evaluate()
         self._watch = Stopwatch()
-        while self.progress.step < self.settings.max_steps:
-            batches = self.parts.feed.micro_batches(self.progress.step)
-            counts = agree(batches, self.parts.stop.received, self.parts.world)
+        while self.progress.step < self.settings.max_steps and not self._ends_early:
+            with self._forecast.measure("steps"):
+                self._clock.start(waits=self._watches)
+                with self._clock.phase("data"):
+                    batches = self.parts.feed.micro_batches(self.progress.step)
+                counts = agree(batches, self.parts.stop.received, self.parts.world)
+                if not counts.stop_signal:
+                    self._step(counts)
             if counts.stop_signal:
                 self._save()
                 return counts.stop_signal
-            self._step(counts)
+            self._do_what_is_due()
         self._save()
-        self._write({"event": "finish", "tokens": self.progress.tokens})
+        best = self.parts.keeper.best if self.parts.keeper is not None else None
+        self._write(
+            {
+                "event": "finish",
+                "tokens": self.progress.tokens,
+                "ended_early": self._ends_early,
+                "best_step": None if best is None else best.step,
+            }
+        )
         return 0
 
+    @property
+    def _watches(self) -> bool:
+        """Whether the coming step measures what costs extra."""
+        step = self.progress.step
+        return step == 0 or (step + 1) % self.settings.watch_every == 0
+
     def _step(self, counts: StepCounts) -> None:
-        """One optimizer step, its record, and what falls due after it."""
+        """One optimizer step and its record."""
         values = self.parts.schedule.at(self.progress.step)
         rates = scaled_rates(self.settings.rates, values)
         set_rates(self.parts.optimizer, rates)
         sums = reduce_sums(self._backward(counts, values), self.parts.world)
-        norm = float(clip_gradients(self.parts.optimizer, self.settings.clip_norm))
-        self._require_finite(float(sums["loss"]), norm)
-        self.parts.optimizer.step()
+        with self._clock.phase("optimizer"):
+            norm = float(clip_gradients(self.parts.optimizer, self.settings.clip_norm))
+        self._check(float(sums["loss"]), norm)
+        with self._clock.phase("optimizer"):
+            self.parts.optimizer.step()
         self.progress.step += 1
         self.progress.tokens += counts.tokens
         self._record(counts, values, rates, sums, norm)
         self._merge()
+
+    def _do_what_is_due(self) -> None:
+        """Evaluations and checkpoints after a step."""
         last = self.progress.step == self.settings.max_steps
         if self.settings.evaluate_every and (last or self._due(self.settings.evaluate_every)):
             self._evaluate()
         if self.settings.save_every and self._due(self.settings.save_every):
             self._save()
+        if (said := self._forecast.said(self.progress.step)) is not None:
+            log.info("%s", said)
 
     def _backward(self, counts: StepCounts, values: ScheduleValues) -> dict[str, Tensor]:
         """Forward and backward of all micro-batches; the ranks' gradients meet in the last."""
@@ -175,16 +219,18 @@ class Loop:
             sequences=counts.sequences,
             temperature=values.temperature,
             kd_scale=values.kd_scale,
-            watch=step == 0 or (step + 1) % self.settings.watch_every == 0,
+            watch=self._watches,
         )
         self.parts.optimizer.zero_grad(set_to_none=True)
         count = len(self.parts.feed.micro_batches(step))
         sums: dict[str, Tensor] = {}
         self._read: list[tuple[Tensor, Tensor]] = []
-        for place, (batch, signal) in enumerate(self.parts.feed.pairs(step), start=1):
+        for place, (batch, signal) in enumerate(self._pairs(step), start=1):
             with self._exchange(is_last=place == count):
-                output = self.parts.module(batch, signal, scale)
-                output.loss.backward()
+                with self._clock.phase("forward"):
+                    output = self.parts.module(batch, signal, scale)
+                with self._clock.phase("backward"):
+                    output.loss.backward()
             self._read.append((batch.index_B, output.sums["loss"]))
             add_sums(sums, output.sums)
         return sums
@@ -195,15 +241,32 @@ class Loop:
         held: AbstractContextManager[object] = self.parts.module.no_sync()
         return held
 
-    def _require_finite(self, loss: float, norm: float) -> None:
+    def _pairs(self, step: int) -> Iterator[tuple[Batch, TeacherSignal | None]]:
+        """The feed's pairs; what passes until one is there is the teacher's time."""
+        pairs = self.parts.feed.pairs(step)
+        while True:
+            with self._clock.phase("teacher"):
+                pair = next(pairs, None)
+            if pair is None:
+                return
+            yield pair
+
+    def _check(self, loss: float, norm: float) -> None:
         """Stop before a broken number reaches the weights; every rank sees the same sums."""
-        if torch.isfinite(torch.tensor([loss, norm])).all():
-            return
-        mine = [index_B.tolist() for index_B, value in self._read if not value.isfinite()]
-        bad = [index for part in self.parts.world.gather_objects(mine) for index in part]
-        what = f"the loss is {loss}" if bad else f"the gradient's norm is {norm}"
-        where = f", from the batch of sequences {bad[0]}" if bad else ""
-        raise NotFiniteError(f"{what} in step {self.progress.step + 1}{where}")
+        try:
+            warning = self._guard.check(loss, norm)
+        except LossError as error:
+            raise type(error)(f"{error} in step {self.progress.step + 1}{self._worst()}") from None
+        if warning is not None:
+            log.warning("step %d: %s%s", self.progress.step + 1, warning, self._worst())
+
+    def _worst(self) -> str:
+        """Names the micro-batch with the largest loss, of all ranks."""
+        mine = [(float(value), index_B.tolist()) for index_B, value in self._read]
+        every = [pair for part in self.parts.world.gather_objects(mine) for pair in part]
+        value, index = max(every, key=lambda pair: (not math.isfinite(pair[0]), pair[0]))
+        share = f"{value:.4g} of it" if math.isfinite(value) else str(value)
+        return f"; {share} from the batch of sequences {index}"
 
     def _record(
         self,
@@ -228,9 +291,13 @@ class Loop:
             "memory_gib": memory_gib(self.parts.world.device),
             "gate_mean_abs": gate_mean_abs(self.parts.masters),
         }
+        if seconds := self._clock.read():
+            record["seconds"] = seconds
         self._write(record)
+        line = log_line({"step": self.progress.step, **record}, self.settings.max_steps)
+        self.parts.show(line)
         if self.progress.step == 1 or self._due(self.settings.log_every):
-            log.info(log_line({"step": self.progress.step, **record}, self.settings.max_steps))
+            log.info(line)
 
     def _merge(self) -> None:
         anchor = self.parts.anchor
@@ -239,19 +306,37 @@ class Loop:
             self._write({"event": "sfa", "l2": move.l2, "max": move.max})
 
     def _evaluate(self) -> None:
-        results = self.parts.evaluate()
+        with self._forecast.measure("evaluations"):
+            results = self.parts.evaluate()
         if results:
-            self._write({"eval": results})
+            keeper = self.parts.keeper
+            objective = None if keeper is None else keeper.objective(results)
+            self._write({"eval": results, "held_out_objective": objective})
             for name, values in results.items():
                 shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
                 log.info("held-out %s at step %d: %s", name, self.progress.step, shown)
+            if keeper is not None and objective is not None:
+                self._judge(keeper, objective)
         self._watch = Stopwatch()
+
+    def _judge(self, keeper: BestKeeper, objective: float) -> None:
+        """Keep the best checkpoint, and end a run that has stopped getting better."""
+        best = keeper.best
+        if best is None or objective < best.objective:
+            self._save()  # whole before it is called the best; at step 0 there is nothing to save
+            keeper.keep(Best(self.progress.step, objective))
+            return
+        every, patience = self.settings.evaluate_every, self.settings.patience
+        if every and patience and best.evaluations_until(self.progress.step, every) >= patience:
+            self._ends_early = True
+            log.info("no better on held-out text since step %d: the run ends here", best.step)
 
     def _save(self) -> None:
         """Save, unless this very step is saved already."""
         if self._saved_at == self.progress.step:
             return
-        path = self.parts.save(self.progress)
+        with self._forecast.measure("checkpoints"):
+            path = self.parts.save(self.progress)
         self._saved_at = self.progress.step
         self._write({"event": "checkpoint", "path": path})
         log.info("saved %s", path)

@@ -56,9 +56,9 @@ def agree(batches: Sequence[Batch], received: int | None, world: World) -> StepC
 def wrap_for_ranks(step: DistillationStep, world: World) -> nn.Module:
     """DDP around ``step`` where there are several ranks.
 
-    Frozen tensors are on DDP's ignore list: every rank loaded the same files, and packed uint8
-    experts need no exchange. Gradients are summed, not averaged, since each rank's loss is
-    already its summand of the global mean.
+    Frozen tensors and all buffers are on DDP's ignore list: every rank loaded the same files, and
+    packed uint8 experts need no exchange. Gradients are summed, not averaged, since each rank's
+    loss is already its summand of the global mean.
     """
     if world.size == 1:
         return step
@@ -66,7 +66,7 @@ def wrap_for_ranks(step: DistillationStep, world: World) -> nn.Module:
     names = [name for name, _ in (*step.named_parameters(), *step.named_buffers())]
     ignore: Any = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
     ignore(step, [name for name in names if name not in trains])
-    wrapped = DistributedDataParallel(step, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(step, gradient_as_bucket_view=True)
     # A lambda, because DDP compares the annotations of a hook with types, and ours are text.
     wrapped.register_comm_hook(None, lambda _, bucket: _sum_bucket(bucket))
     return wrapped

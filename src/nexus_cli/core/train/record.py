@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -104,16 +102,3 @@ LINE = (
     ("learning_rate", ".3g"),
     ("gate_mean_abs", ".3g"),
 )
-
-
-@dataclass
-class Stopwatch:
-    """Tokens a second since the last reading."""
-
-    started: float = field(default_factory=time.perf_counter)
-
-    def rate(self, tokens: int) -> float:
-        """Tokens a second since the last call, and start again."""
-        now = time.perf_counter()
-        elapsed, self.started = now - self.started, now
-        return tokens / max(elapsed, 1e-9)

@@ -3,10 +3,11 @@
 The objective (each term a sum over counted tokens, divided by the count over *all*
 micro-batches and ranks of the optimizer step, so that no split of a step changes it):
 
-    loss = w_ce CE + w_kd T^2 KL(teacher || student) + w_router T_r^2 KL(router_t || router_s)
+    loss = w_ce CE + w_kd T^2 D(teacher, student) + w_router T_r^2 KL(router_t || router_s)
          + w_lb load balance + w_z router z
 
-with ``w_ce, w_kd, w_router`` given by the source that a token comes from.
+with D ``KL(teacher || student)``, or the reverse KL or the JSD if asked, and ``w_ce, w_kd,
+w_router`` given by the source that a token comes from.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_cli.core.data.batch import Batch
+from nexus_cli.core.distill.divergence import DivergenceKind
 from nexus_cli.core.distill.head import HeadLoss, head_loss
 from nexus_cli.core.distill.losses import load_balance, router_drift, router_kl, router_z
 from nexus_cli.core.distill.teacher import DenseSignal, TeacherSignal
@@ -47,6 +49,9 @@ class Objective:
         router_temperature: ``T_r`` of the routers' KL.
         top_k: experts that a token is sent to.
         chunk_size: positions whose logits exist at one time.
+        divergence: of teacher and student over the vocabulary; all but ``forward`` need a
+            dense teacher.
+        jsd_beta: beta of ``jsd``.
     """
 
     sources: Sequence[SourceWeights]
@@ -55,6 +60,8 @@ class Objective:
     router_temperature: float = 1.0
     top_k: int = 4
     chunk_size: int = 256
+    divergence: DivergenceKind = "forward"
+    jsd_beta: float = 0.5
 
     @property
     def teaches_router(self) -> bool:
@@ -182,6 +189,8 @@ class DistillationStep(nn.Module):
             temperature=scale.temperature,
             chunk_size=self.objective.chunk_size,
             metrics=scale.watch,
+            divergence=self.objective.divergence,
+            jsd_beta=self.objective.jsd_beta,
         )
 
     def _head_sums(

@@ -13,20 +13,23 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from nexus_cli.config.train import weights_of
 from nexus_cli.core.distill.anchor import Anchor
 from nexus_cli.core.distill.model_teacher import ModelTeacher
 from nexus_cli.core.distill.self_teacher import SelfTeacher, frozen_routers
 from nexus_cli.core.distill.store_teacher import StoreTeacher
 from nexus_cli.core.distill.teacher import Teacher
 from nexus_cli.core.distributed import World
+from nexus_cli.core.model.gpt_oss.adapter import write_adapter
 from nexus_cli.core.model.gpt_oss.export import original_routers, write_model_directory
 from nexus_cli.core.model.gpt_oss.loading import load_model
 from nexus_cli.core.model.gpt_oss.surgery import trainable_names
+from nexus_cli.core.train.best import BestKeeper
 from nexus_cli.core.train.checkpoints import save_checkpoint
 from nexus_cli.core.train.evaluation import HeldOut, evaluate
 from nexus_cli.core.train.feed import Feed, StepBatches
 from nexus_cli.core.train.loop import LoopSettings, Progress
-from nexus_cli.core.train.optim import Rates, read_master, write_master
+from nexus_cli.core.train.optim import read_master, write_master
 from nexus_cli.core.train.precision import frozen_dtype, promote
 from nexus_cli.core.train.recompute import recompute_layers
 from nexus_cli.core.train.state import (
@@ -38,7 +41,12 @@ from nexus_cli.core.train.state import (
 from nexus_cli.core.train.step import DistillationStep, Objective, SourceWeights
 from nexus_cli.errors import ArtifactError, ResourceError
 from nexus_cli.pipeline.training.memory import spend_memory
-from nexus_cli.pipeline.training.optimizer import make_optimizer, require_exact_sums, splits
+from nexus_cli.pipeline.training.optimizer import (
+    make_optimizer,
+    peak_rates,
+    require_exact_sums,
+    splits,
+)
 from nexus_cli.pipeline.training.request import Request
 
 log = logging.getLogger(__name__)
@@ -87,7 +95,11 @@ def load_models(request: Request, world: World, teacher_device: torch.device) ->
     routers = frozen_routers(student) if config.router_trains or trained else {}
     for name, tensor in trained.items():
         routers[name.removeprefix("model.")].copy_(tensor)
-    names = trainable_names(student, train_router=config.router_trains)
+    names = trainable_names(
+        student,
+        train_router=config.whole_router_trains,
+        train_router_bias=config.train_router_bias,
+    )
     masters = promote(student, names, split=splits(request))
     engine = student.model.engine
     if engine is None and config.runtime.gradient_checkpointing:
@@ -132,12 +144,7 @@ def loop_settings(request: Request, *, evaluates: bool) -> LoopSettings:
     return LoopSettings(
         max_steps=request.max_steps,
         clip_norm=optimizer.clip_norm,
-        rates=Rates(
-            shared=optimizer.learning_rate,
-            gate=optimizer.gate_learning_rate,
-            router=optimizer.router_learning_rate,
-            router_bias=optimizer.router_learning_rate,
-        ),
+        rates=peak_rates(optimizer),
         sources=request.sources,
         kd_weight=max(weights.kd for weights in request.weights),
         num_layers=request.shape.num_layers,
@@ -145,6 +152,8 @@ def loop_settings(request: Request, *, evaluates: bool) -> LoopSettings:
         save_every=config.runtime.save_every,
         watch_every=config.runtime.watch_every,
         log_every=config.runtime.log_every,
+        patience=config.evaluation.patience,
+        explosion=config.runtime.explosion,
     )
 
 
@@ -177,7 +186,10 @@ def make_save(
     def write_model(target: Path, _: Mapping[str, Tensor]) -> None:
         # Not the exact masters: a split one is in the model as bf16, and goes out as it is.
         tensors = {name: m.detach().to(dtypes[name]) for name, m in models.masters.items()}
-        write_model_directory(target, request.student.path, tensors)
+        if request.config.runtime.adapter:
+            write_adapter(target, request.student.path, tensors)
+        else:
+            write_model_directory(target, request.student.path, tensors)
 
     def save(progress: Progress) -> str:
         state = TrainingState(
@@ -214,6 +226,26 @@ def make_evaluate(
     return lambda: evaluate(models.step, held_out, models.judge, world)
 
 
+def make_keeper(
+    request: Request,
+    directory: Path,
+    held_out: HeldOut | None,
+    world: World,
+    progress: Progress,
+) -> BestKeeper | None:
+    """Follows which checkpoint is best on held-out text, where there is some."""
+    evaluation, data = request.config.evaluation, request.config.data
+    if held_out is None or not evaluation.keep_best:
+        return None
+    named = [(source.name, source.loss) for source in (evaluation.data or data).sources]
+    weights = weights_of(request.config.loss, named)
+    judged = {
+        name: SourceWeights(w.ce, w.kd, w.router)
+        for (name, _), w in zip(named, weights, strict=True)
+    }
+    return BestKeeper(directory, judged, world, progress.step)
+
+
 def _stored_dtypes(masters: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
     """Formats in a model folder: bf16 as in the original checkpoints, the gates fp32."""
     return {
@@ -231,6 +263,8 @@ def _objective(request: Request) -> Objective:
         router_temperature=loss.router_temperature,
         top_k=request.shape.top_k,
         chunk_size=config.runtime.head_chunk,
+        divergence=loss.divergence,
+        jsd_beta=loss.jsd_beta,
     )
 
 

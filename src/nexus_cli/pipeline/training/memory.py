@@ -16,6 +16,8 @@ from nexus_cli.core.model.gpt_oss.engine.memory import ActivationPlan
 from nexus_cli.core.model.gpt_oss.engine.policy import describe
 from nexus_cli.errors import ResourceError
 from nexus_cli.pipeline.capacity import gib
+from nexus_cli.pipeline.model_memory import EngineOnDisk
+from nexus_cli.pipeline.training.fitting import what_fits
 from nexus_cli.pipeline.training.optimizer import training_bytes
 from nexus_cli.pipeline.training.request import Request
 
@@ -23,6 +25,7 @@ log = logging.getLogger(__name__)
 
 SPARE = 2**30  # for the allocator's gaps and the libraries' own workspaces
 LOGIT_BUFFERS = 3  # float32 [chunk, vocabulary] of the head loss: student, teacher, gradient
+PLAIN_LOGIT_BUFFERS = 4  # without the head's kernels, which know the forward KL alone
 GRADIENT = 4  # bytes of a gradient that is summed
 HIDDEN_STATES = 4  # bf16 [positions, hidden]: of student and teacher, and their gradients
 
@@ -53,6 +56,9 @@ class Needs:
         graphs = peak if captures(engine, request) else 0
         if request.teacher is not None and _shares_device(request):
             peak *= 2  # a teacher on the same GPU runs ahead of the student's backward pass
+        buffers = LOGIT_BUFFERS
+        if request.config.loss.divergence != "forward":
+            buffers = PLAIN_LOGIT_BUFFERS
         summed = request.config.gradient_accumulation_steps > 1 or request.world_size > 1
         if graphs and summed:
             graphs += GRADIENT * sum(sizes)
@@ -60,7 +66,7 @@ class Needs:
             training=training_bytes(request, sizes),
             peak=peak,
             graphs=graphs,
-            head=LOGIT_BUFFERS * 4 * chunk * request.shape.vocab_size
+            head=buffers * 4 * chunk * request.shape.vocab_size
             + HIDDEN_STATES * 2 * positions * request.shape.hidden_size,
         )
 
@@ -100,10 +106,11 @@ def spend_memory(
     Raises:
         ResourceError: not even the layers' inputs fit.
     """
-    needs = Needs.of(engine, request, [master.numel() for master in masters.values()])
+    sizes = [master.numel() for master in masters.values()]
+    needs = Needs.of(engine, request, sizes)
     free = available(device, request.config.runtime.memory_gib)
     free += sum(master.nbytes for master in masters.values())
-    plan = plan_layers(engine, request, needs, free=free, device=device)
+    plan = plan_layers(engine, request, needs, sizes, free=free, device=device)
     for line in plan.describe():
         log.info("%s", line)
     if plan.graphs:
@@ -111,8 +118,29 @@ def spend_memory(
         engine.capture(request.batch_size, request.seq_len, accumulates=accumulates)
 
 
+def least_bytes(request: Request, sizes: Sequence[int]) -> int:
+    """What a run takes beside its frozen weights if its layers keep their inputs alone.
+
+    Args:
+        request: the run.
+        sizes: of the trained tensors.
+    """
+    engine = EngineOnDisk(request.student.path, request.config.runtime.experts_backend)
+    positions = request.batch_size * request.seq_len
+    inputs = engine.least_bytes(positions)
+    if request.config.runtime.gradient_checkpointing:  # which decodes a layer whole
+        inputs = len(engine.kept) * engine.layer_bytes.input * positions
+    return Needs.of(engine, request, sizes).total + SPARE + inputs
+
+
 def plan_layers(
-    engine: Engine, request: Request, needs: Needs, *, free: int, device: torch.device
+    engine: Engine,
+    request: Request,
+    needs: Needs,
+    sizes: Sequence[int],
+    *,
+    free: int,
+    device: torch.device,
 ) -> EnginePlan:
     """Decide what each layer keeps, by a number of free bytes.
 
@@ -120,6 +148,7 @@ def plan_layers(
         engine: of the student, loaded or on disk.
         request: the run.
         needs: what comes before the layers.
+        sizes: of the trained tensors.
         free: bytes that can be had where the frozen weights are loaded and nothing else is.
         device: the student's, for the message.
 
@@ -140,7 +169,12 @@ def plan_layers(
         raise ResourceError(
             f"a batch of {positions:,} tokens does not fit on {device}: {error}; masters, "
             f"gradients, moments, logits and one layer's peak take {gib(needs.total)}",
-            hint="lower --batch-size or --set data.seq_len, or use --optimizer adamw-8bit",
+            hint=what_fits(
+                request,
+                lambda changed: least_bytes(changed, sizes),
+                free,
+                beside=" beside the frozen weights",
+            ),
         ) from error
     return replace(plan, graphs=captures(engine, request))
 

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from nexus_cli.config.train import OptimizerConfig
 from nexus_cli.core.kernels.adamw_8bit import BLOCK
-from nexus_cli.core.train.optim import build_optimizer
+from nexus_cli.core.train.optim import Rates, build_optimizer
 from nexus_cli.core.train.precision import SPLIT_FROM
 from nexus_cli.errors import ConfigError
 from nexus_cli.pipeline.training.request import Request
@@ -54,6 +55,16 @@ def make_optimizer(request: Request, masters: Mapping[str, nn.Parameter]) -> tor
         betas=(config.beta1, config.beta2),
         epsilon=config.epsilon,
         optimizer=config.kind,
+    )
+
+
+def peak_rates(config: OptimizerConfig) -> Rates:
+    """The largest learning rate of each group; the schedule scales it step by step."""
+    return Rates(
+        shared=config.learning_rate,
+        gate=config.gate_learning_rate,
+        router=config.router_learning_rate,
+        router_bias=config.router_learning_rate,
     )
 
 

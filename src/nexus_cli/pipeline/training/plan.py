@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from nexus_cli.core.model.gpt_oss.surgery import ROUTER, SHARED_EXPERT
+from nexus_cli.core.model.gpt_oss.surgery import SHARED_EXPERT, trains
 from nexus_cli.core.train.checkpoints import WITH_STATE
 from nexus_cli.core.train.precision import frozen_dtype
 from nexus_cli.errors import ResourceError
@@ -17,7 +17,15 @@ from nexus_cli.io import console, model_dir, tensor_files
 from nexus_cli.io.tensor_files import Tensor
 from nexus_cli.pipeline.capacity import free_disk, free_memory, gib, tensor_bytes
 from nexus_cli.pipeline.model_memory import EngineOnDisk, Placement
-from nexus_cli.pipeline.training.memory import SPARE, Needs, available, plan_layers
+from nexus_cli.pipeline.training.duration import describe_duration
+from nexus_cli.pipeline.training.fitting import what_fits
+from nexus_cli.pipeline.training.memory import (
+    SPARE,
+    Needs,
+    available,
+    least_bytes,
+    plan_layers,
+)
 from nexus_cli.pipeline.training.optimizer import (
     cast_numbers,
     require_exact_sums,
@@ -64,11 +72,15 @@ def describe(
     Raises:
         ResourceError: memory or disk do not suffice.
         ConfigError: the optimizer cannot sum gradients as the step is split.
+        ArtifactError: the metrics of an earlier run in ``directory`` are damaged.
     """
     require_exact_sums(request)
     tensors = tensor_files.tensors(request.student.path)
-    trained = count_trained(tensors, train_router=request.config.router_trains)
-    sizes = trained_sizes(tensors, train_router=request.config.router_trains)
+    routers = {
+        "train_router": request.config.whole_router_trains,
+        "train_router_bias": request.config.train_router_bias,
+    }
+    trained, sizes = count_trained(tensors, **routers), trained_sizes(tensors, **routers)
     disk, room = checkpoint_bytes(request, sizes), free_disk(directory)
     kept: list[tuple[str, str]] = []
     if _placement(request, device).has_engine:
@@ -88,12 +100,18 @@ def describe(
             *kept,
             ("need in all", f"{gib(memory.total)} of {gib(free)} free on {device}"),
             ("write checkpoints", f"{gib(disk)} of {gib(room)} free"),
+            ("run for", describe_duration(request, directory, device)),
         ],
     )
     if memory.total > free:
+        beside = teacher_device == device
+
+        def need(changed: Request) -> int:
+            return least_memory(changed, tensors, sizes, device, teacher_beside=beside)
+
         raise ResourceError(
             f"the run needs about {gib(memory.total)} on {device}, and {gib(free)} are free",
-            hint="lower --batch-size, or use --set runtime.gradient_checkpointing=true",
+            hint=what_fits(request, need, free),
         )
     if disk > room:
         raise ResourceError(
@@ -152,25 +170,30 @@ def _work(request: Request, directory: Path) -> list[tuple[str, object]]:
     return [*rows, ("write to", directory)]
 
 
-def count_trained(tensors: dict[str, Tensor], *, train_router: bool) -> dict[str, int]:
+def count_trained(
+    tensors: dict[str, Tensor], *, train_router: bool, train_router_bias: bool = False
+) -> dict[str, int]:
     """Parameters that would train, by group."""
-    counts = {"shared experts": 0, "gates": 0} | ({"routers": 0} if train_router else {})
+    counts = {"shared experts": 0, "gates": 0}
+    routers = "routers" if train_router else "router biases"
     for name, tensor in tensors.items():
         if name.endswith("output_gate"):
             counts["gates"] += tensor.size
         elif SHARED_EXPERT.fullmatch(name):
             counts["shared experts"] += tensor.size
-        elif train_router and ROUTER.fullmatch(name):
-            counts["routers"] += tensor.size
+        elif trains(name, train_router=train_router, train_router_bias=train_router_bias):
+            counts[routers] = counts.get(routers, 0) + tensor.size
     return counts
 
 
-def trained_sizes(tensors: dict[str, Tensor], *, train_router: bool) -> list[int]:
+def trained_sizes(
+    tensors: dict[str, Tensor], *, train_router: bool, train_router_bias: bool = False
+) -> list[int]:
     """Numbers in each tensor that would train."""
     return [
         tensor.size
         for name, tensor in tensors.items()
-        if SHARED_EXPERT.fullmatch(name) or (train_router and ROUTER.fullmatch(name))
+        if trains(name, train_router=train_router, train_router_bias=train_router_bias)
     ]
 
 
@@ -206,7 +229,8 @@ def plan_engine(
         teacher = place.weight_bytes(request.teacher.path)
     engine = EngineOnDisk(request.student.path, place.backend)
     needs = Needs.of(engine, request, sizes)
-    plan = plan_layers(engine, request, needs, free=free - weights - teacher, device=device)
+    left = free - weights - teacher
+    plan = plan_layers(engine, request, needs, sizes, free=left, device=device)
     memory = Memory(
         weights=weights,
         training=needs.training,
@@ -216,6 +240,32 @@ def plan_engine(
         engine=needs.peak + needs.graphs + plan.activations.decoded_bytes + SPARE,
     )
     return memory, plan.describe()
+
+
+def least_memory(
+    request: Request,
+    tensors: dict[str, Tensor],
+    sizes: Sequence[int],
+    device: torch.device,
+    *,
+    teacher_beside: bool,
+) -> int:
+    """The fewest bytes that a run can do with on the student's device.
+
+    Args:
+        request: the run.
+        tensors: of the student's folder.
+        sizes: of what trains.
+        device: the student's.
+        teacher_beside: whether a teacher model goes to the same device.
+    """
+    place = _placement(request, device)
+    if not place.has_engine:
+        return estimate_memory(request, tensors, sizes, device).total
+    teacher = 0
+    if request.teacher is not None and teacher_beside:
+        teacher = place.weight_bytes(request.teacher.path)
+    return _frozen_bytes(tensors, place) + teacher + least_bytes(request, sizes)
 
 
 def estimate_memory(

@@ -10,6 +10,7 @@ from typing import Any
 from nexus_cli.config.shared import LossWeights
 from nexus_cli.config.train import ScheduleConfig, TrainConfig, weights_of
 from nexus_cli.core.distill.schedule import Schedule
+from nexus_cli.core.model.gpt_oss.adapter import read_conversion
 from nexus_cli.errors import ArtifactError, ConfigError
 from nexus_cli.io import model_dir
 from nexus_cli.io.hashing import sha256_file
@@ -17,6 +18,7 @@ from nexus_cli.io.model_dir import ModelShape
 from nexus_cli.io.teacher_store import FILENAME as STORE
 from nexus_cli.io.teacher_store import TeacherStore, open_store
 from nexus_cli.io.workspace import Workspace
+from nexus_cli.pipeline.adapters import model_or_adapter, require_use
 from nexus_cli.pipeline.inputs import Artifact, model_input, stage_input
 
 log = logging.getLogger(__name__)
@@ -130,7 +132,7 @@ def online_request(config: TrainConfig, workspace: Workspace, world_size: int) -
         world_size=world_size,
         sources=tuple(source.name for source in config.data.sources),
         weights=weights_of(config.loss, [(s.name, s.loss) for s in config.data.sources]),
-        schedule=_schedule(config.schedule, max_steps),
+        schedule=make_schedule(config.schedule, max_steps),
     )
 
 
@@ -146,6 +148,12 @@ def offline_request(config: TrainConfig, workspace: Workspace, world_size: int) 
         raise ConfigError(
             "a teacher model is asked by nexus train; train-offline reads a store",
             hint="give --precomputed-teacher, or run: nexus train",
+        )
+    if config.loss.divergence != "forward":
+        raise ConfigError(
+            f"the {config.loss.divergence} divergence needs the teacher's whole distribution, and "
+            "a store holds its top K",
+            hint="set loss.divergence to forward, or use nexus train",
         )
     student, shape = _student(config, workspace)
     path, store_source = config.teacher.store, None
@@ -165,7 +173,7 @@ def offline_request(config: TrainConfig, workspace: Workspace, world_size: int) 
             f"{store.path} holds {len(store)} sequences, and one optimizer step takes {per_step}",
             hint="lower --batch-size or --gradient-accumulation-steps",
         )
-    schedule = _schedule(config.schedule, max_steps)
+    schedule = make_schedule(config.schedule, max_steps)
     store.require_temperatures(schedule.temperatures)
     named = {source.name: source.loss for source in config.data.sources}
     sources = store.plan.sources
@@ -203,13 +211,19 @@ def _workspace_store(workspace: Workspace) -> tuple[Path, tuple[str, str] | None
 
 def _student(config: TrainConfig, workspace: Workspace) -> tuple[Artifact, ModelShape]:
     name = config.student
-    student = stage_input(workspace, "convert", None) if name is None else model_input(name)
+    require_use(config.base, name)
+    if name is None:
+        student = stage_input(workspace, "convert", None)
+    else:
+        student = model_or_adapter(name, workspace, config.base)
     shape = model_dir.read_shape(student.path)
     if not shape.num_shared_experts:
         raise ConfigError(
             f"{student.path} has no shared expert to train",
             hint=f"run: nexus convert --input {student.path} --output <folder>",
         )
+    if config.runtime.adapter:
+        read_conversion(student.path)  # now, not when the first checkpoint is due
     return student, shape
 
 
@@ -223,7 +237,13 @@ def _base_of(student: Path) -> str | None:
     return str(base["fingerprint"])
 
 
-def _schedule(config: ScheduleConfig, max_steps: int) -> Schedule:
+def make_schedule(config: ScheduleConfig, max_steps: int) -> Schedule:
+    """The values of every step of a run of ``max_steps``.
+
+    Raises:
+        ConfigError: the settings make no schedule, such as a warm-up and a stable part that are
+            longer than the run.
+    """
     given: dict[str, Any] = config.model_dump(exclude_none=True, exclude={"advanced"})
     try:
         if config.advanced:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nexus_cli.core.train.best import FILENAME as BEST
 from nexus_cli.core.train.checkpoints import (
     Checkpoint,
     find_checkpoints,
@@ -32,6 +33,7 @@ NOT_IDENTITY: Any = {
     "freeze_router": True,
     "max_steps": True,
     "student": True,
+    "base": True,
     "teacher": True,
     "evaluation": True,
     "data": {"data_dir"},
@@ -86,6 +88,7 @@ def choose_start(
         )
     for checkpoint in left:
         remove_checkpoint(checkpoint)
+    (directory / BEST).unlink(missing_ok=True)
     return None
 
 

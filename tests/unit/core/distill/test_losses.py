@@ -174,6 +174,16 @@ def test_drift_metrics_are_the_definitions():
     assert metrics["load_max"] == pytest.approx(load.max().item() / (len(counted) * TOP_K))
 
 
+def test_layers_have_the_measures_of_a_model_of_that_layer_alone():
+    student, teacher, mask_BS = routers(0), routers(1), ragged_mask()
+    layers = router_drift(student, teacher, mask_BS, top_k=TOP_K).metrics()["drift_layers"]
+    for layer in range(L):
+        alone = router_drift([student[layer]], [teacher[layer]], mask_BS, top_k=TOP_K).metrics()
+        for name in ("kl", "l1", "entropy", "topk_overlap"):
+            assert layers[name][layer] == pytest.approx(alone[f"drift_{name}"])
+        assert layers["load_max"][layer] == pytest.approx(alone["load_max"])
+
+
 def test_drift_adds_up_over_batches_and_is_empty_without_tokens():
     student, teacher, mask_BS = routers(0), routers(1), ragged_mask()
     parts = [

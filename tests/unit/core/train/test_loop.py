@@ -12,6 +12,7 @@ from nexus_cli.core.distill.schedule import Schedule
 from nexus_cli.core.distill.self_teacher import SelfTeacher
 from nexus_cli.core.train.evaluation import HeldOut, evaluate
 from nexus_cli.core.train.feed import Feed, StepBatches
+from nexus_cli.core.train.guard import ExplodingLossError
 from nexus_cli.core.train.loop import Loop, LoopSettings, Parts, Progress
 from nexus_cli.core.train.optim import Rates, build_optimizer
 from nexus_cli.core.train.signals import StopRequest
@@ -41,6 +42,7 @@ def make_loop(make_student, blocks, alone):
         model, masters = make_student()
         place = np.arange(4 * max_steps)
         order = place // 2 + len(blocks) // 2 * (place % 2)  # the sources take turns
+        order %= len(blocks)
         batches = StepBatches(blocks, order, 2, 2)
         objective = Objective((SourceWeights(1.0, 0.1, 0.0), SourceWeights(0.0, 1.0, 0.0)))
         saved = []
@@ -132,3 +134,38 @@ def test_held_out_losses_do_not_depend_on_the_batches(make_student, blocks, alon
             assert whole[name][key] == pytest.approx(single[name][key], rel=1e-5)
         assert whole[name]["perplexity"] == pytest.approx(np.exp(whole[name]["loss"]))
         assert whole[name]["kd"] > 0.01
+
+
+def test_a_loss_that_explodes_stops_with_its_batch_named_and_its_gradient_unused(make_loop):
+    loop, _, saved = make_loop(max_steps=16, explosion=0.5)
+    honest, before = loop.parts.module.forward, {}
+
+    def forward(batch, signal, scale):
+        output = honest(batch, signal, scale)
+        worst = loop.parts.feed.micro_batches(loop.progress.step)[1]
+        if loop.progress.step >= 11 and torch.equal(batch.index_B, worst.index_B):
+            output.sums["loss"] += 100.0
+        before.update({n: m.detach().clone() for n, m in loop.parts.masters.items()})
+        return output
+
+    loop.parts.module.forward = forward
+    worst = loop.parts.feed.batches.micro_batches(13)[1].index_B.tolist()
+    with pytest.raises(ExplodingLossError, match=rf"in step 14; .* sequences \[{worst[0]}, "):
+        loop.run()
+    assert loop.progress.step == 13
+    assert saved == []
+    assert all(torch.equal(loop.parts.masters[n], value) for n, value in before.items())
+
+
+def test_every_step_says_how_its_time_was_spent_and_somebody_may_watch(make_loop):
+    loop, _, _ = make_loop(max_steps=3)
+    lines = []
+    loop.parts.show = lines.append
+    loop.run()
+    steps = [record for record in loop.parts.recorder if "loss" in record]
+    for record in steps:
+        assert record["seconds"].keys() == {
+            "data", "teacher", "forward", "backward", "optimizer", "other",
+        }  # fmt: skip
+        assert record["seconds"]["forward"] > record["seconds"]["data"] >= 0
+    assert [line.partition("  ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3"]

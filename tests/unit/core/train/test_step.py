@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from nexus_cli.core.data.blocks import PackedBlocks
 from nexus_cli.core.distill.self_teacher import SelfTeacher, frozen_routers
 from nexus_cli.core.distill.teacher import DenseSignal
 from nexus_cli.core.train.feed import Feed, StepBatches
 from nexus_cli.core.train.ranks import agree
 from nexus_cli.core.train.recompute import recompute_layers
+from nexus_cli.core.train.record import add_sums
 from nexus_cli.core.train.step import (
     DistillationStep,
     Objective,
@@ -54,6 +58,64 @@ def test_no_split_into_micro_batches_changes_loss_or_gradient(
         torch.testing.assert_close(gradient, whole[name], rtol=2e-4, atol=1e-7)
 
 
+@pytest.fixture
+def ragged(blocks):
+    """Eight sequences with none, one, some and all of their tokens to learn, in no order."""
+    packed, chosen = blocks.packed, slice(4, 12)  # four of either source
+    length = packed.seq_len
+    counts_N = np.array([1, length, 0, 7, length, 2, 15, 1])
+    mask_NS = np.arange(length) >= length - counts_N[:, None]
+    some = PackedBlocks(
+        input_ids_NS=packed.input_ids_NS[chosen],
+        position_ids_NS=packed.position_ids_NS[chosen],
+        loss_mask_NS=mask_NS,
+        source_N=packed.source_N[chosen],
+        num_sources=packed.num_sources,
+    )
+    return replace(blocks, packed=some)
+
+
+def take_step(make_student, blocks, alone, *, ranks, accumulation):
+    """Loss, gradients and sums of one step over all sequences, rank after rank.
+
+    The ranks' gradients add up in the masters, as an exchange would add them.
+    """
+    model, masters = make_student(train_router=True)
+    teacher = SelfTeacher(model, router_logits=True, frozen=frozen_routers(model))
+    step = DistillationStep(model, EVERYTHING)
+    order, size = np.arange(len(blocks)), len(blocks) // (ranks * accumulation)
+    parts = [StepBatches(blocks, order, size, accumulation, rank, ranks) for rank in range(ranks)]
+    counts = agree([b for part in parts for b in part.micro_batches(0)], None, alone)
+    scale = StepScale(counts.tokens, counts.sequences, temperature=2.0, kd_scale=0.7, watch=True)
+    sums: dict[str, torch.Tensor] = {}
+    for part in parts:
+        for batch, signal in Feed(part, teacher, alone.device).pairs(0):
+            output = step(batch, signal, scale)
+            output.loss.backward()
+            add_sums(sums, output.sums)
+    return sums, {name: master.grad.clone() for name, master in masters.items()}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "accumulation"), [(1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (2, 4), (4, 1), (4, 2)]
+)
+def test_no_split_into_ranks_and_micro_batches_changes_a_ragged_step(
+    make_student, ragged, alone, ranks, accumulation
+):
+    whole_sums, whole = take_step(make_student, ragged, alone, ranks=1, accumulation=1)
+    split = {"ranks": ranks, "accumulation": accumulation}
+    sums, gradients = take_step(make_student, ragged, alone, **split)
+    assert whole_sums["load_balance"] > 0
+    assert whole_sums["router_z"] > 0
+    assert sums.keys() == whole_sums.keys()
+    for name, value in sums.items():
+        rounding = 1e-4 if name == "drift" else 0.0  # differences of float32 sums
+        torch.testing.assert_close(value, whole_sums[name], rtol=2e-6, atol=rounding, msg=name)
+    for name, gradient in gradients.items():
+        gap = torch.linalg.vector_norm(gradient - whole[name])
+        assert gap < 1e-5 * torch.linalg.vector_norm(whole[name]), name
+
+
 def test_the_loss_is_the_formula_of_the_design(make_student, blocks):
     model, _ = make_student()
     batch = blocks.batch(np.array([0, 15]))
@@ -81,6 +143,29 @@ def test_the_loss_is_the_formula_of_the_design(make_student, blocks):
     loss = loss / mask.sum()
     loss += 0.01 * balance(ours.router_logits, mask, top_k=2) / 2
     assert float(output.loss.detach()) == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"divergence": "reverse"}, {"divergence": "jsd"}], ids=str)
+def test_the_objective_names_the_divergence_of_the_vocabulary(make_student, blocks, settings):
+    model, _ = make_student()
+    batch = blocks.batch(np.array([0, 15]))
+    signal = SelfTeacher(model).signal(batch)
+    mask = target_mask(batch)
+    objective = Objective((SourceWeights(0.0, 1.0, 0.0),) * 2, **settings, jsd_beta=0.3)
+    scale = StepScale(tokens=int(mask.sum()), sequences=2, temperature=2.0)
+    loss = DistillationStep(model, objective)(batch, signal, scale).loss
+
+    with torch.no_grad():
+        ids, positions = batch.input_ids_BS, batch.position_ids_BS
+        student = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        teacher = model.lm_head(signal.hidden_NH).double()[mask.flatten()]
+        student = student.double()[mask]
+    if settings["divergence"] == "reverse":
+        expected = kl(student, teacher, 2.0)
+    else:
+        mixture = (0.3 * (teacher / 2).softmax(-1) + 0.7 * (student / 2).softmax(-1)).log()
+        expected = 0.3 * kl(teacher, 2 * mixture, 2.0) + 0.7 * kl(student, 2 * mixture, 2.0)
+    assert float(loss.detach()) == pytest.approx(float(expected / mask.sum()), rel=1e-5)
 
 
 def kl(teacher, student, temperature):

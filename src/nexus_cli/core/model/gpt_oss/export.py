@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 NEXUS_SHARD = "nexus-trained.safetensors"
 METADATA = "conversion_metadata.json"
 MODELING = Path(modeling.__file__)
+LICENCES = ("LICENSE", "NOTICE", "USAGE_POLICY")
 WRITTEN = {"config.json", model_dir.INDEX, METADATA, MODELING.name}
 LinkMode = Literal["hard", "copy"]
 
@@ -71,23 +73,38 @@ def write_model_directory(
     kept = {key: name for key, name in model_dir.weight_map(base).items() if name != NEXUS_SHARD}
     if late := [name for name in set(kept.values()) if name >= NEXUS_SHARD]:
         raise ArtifactError(f"{base}: the shard {late[0]} sorts after {NEXUS_SHARD}")
+    with disk_errors(target), atomic_directory(target) as folder:
+        renamed = _place_shards(folder, base, sorted(set(kept.values())), link)
+        stored = merged_tensors(base, tensors)
+        if stored:
+            save_file(stored, folder / NEXUS_SHARD, metadata={"format": "pt"})
+        placed = {key: renamed[name] for key, name in kept.items()}
+        _write_index(folder, placed | dict.fromkeys(stored, NEXUS_SHARD))
+        _write_config(folder, base, shape)
+        _place_companions(folder, base, metadata)
+
+
+@contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Run a block that writes ``target``.
+
+    Raises:
+        ResourceError: the disk is full, or cannot be written.
+    """
     try:
-        with atomic_directory(target) as folder:
-            renamed = _place_shards(folder, base, sorted(set(kept.values())), link)
-            stored = {key: old for key, old in nexus_tensors(base).items() if key not in tensors}
-            stored |= {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-            if stored:
-                save_file(stored, folder / NEXUS_SHARD, metadata={"format": "pt"})
-            placed = {key: renamed[name] for key, name in kept.items()}
-            _write_index(folder, placed | dict.fromkeys(stored, NEXUS_SHARD))
-            _write_config(folder, base, shape)
-            _place_companions(folder, base, metadata)
+        yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error  # safetensors hides the system's error
         raise ResourceError(
             f"cannot write {target}: {reason}",
             hint="free some disk space, or choose another --output",
         ) from error
+
+
+def merged_tensors(base: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` on the CPU, and what else the new shard of the folder ``base`` holds."""
+    stored = {key: old for key, old in nexus_tensors(base).items() if key not in tensors}
+    return stored | {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
 
 
 def nexus_tensors(path: Path) -> dict[str, Tensor]:
@@ -187,7 +204,7 @@ def _place_companions(folder: Path, base: Path, metadata: Mapping[str, Any] | No
         shutil.copyfile(base / METADATA, folder / METADATA)
     for file in sorted(base.iterdir()):
         wanted = file.suffix in {".json", ".jinja", ".model", ".txt"} or file.name.startswith(
-            ("LICENSE", "NOTICE", "USAGE_POLICY")
+            LICENCES
         )
         if file.is_file() and wanted and file.name not in WRITTEN | {"training_report.json"}:
             shutil.copyfile(file, folder / file.name)  # a user may edit these

@@ -11,13 +11,29 @@ SHARED_EXPERT = re.compile(
     r"((gate|up|down)_proj\.(weight|bias)|output_gate)"
 )
 ROUTER = re.compile(r"model\.layers\.\d+\.mlp\.router\.(weight|bias)")
+ROUTER_BIAS = re.compile(r"model\.layers\.\d+\.mlp\.router\.bias")
 
 
-def trainable_names(model: nn.Module, *, train_router: bool = False) -> list[str]:
+def trains(name: str, *, train_router: bool = False, train_router_bias: bool = False) -> bool:
+    """Whether training may move the tensor of this name.
+
+    Args:
+        name: in the checkpoint.
+        train_router: the routers train, weights and biases.
+        train_router_bias: the routers' biases train.
+    """
+    if SHARED_EXPERT.fullmatch(name):
+        return True
+    router = ROUTER if train_router else ROUTER_BIAS if train_router_bias else None
+    return router is not None and router.fullmatch(name) is not None
+
+
+def trainable_names(
+    model: nn.Module, *, train_router: bool = False, train_router_bias: bool = False
+) -> list[str]:
     """Names of the parameters that training may move: the shared experts, and the routers."""
-    allowed = (SHARED_EXPERT, ROUTER) if train_router else (SHARED_EXPERT,)
     return [
         name
         for name, _ in model.named_parameters()
-        if any(pattern.fullmatch(name) for pattern in allowed)
+        if trains(name, train_router=train_router, train_router_bias=train_router_bias)
     ]
