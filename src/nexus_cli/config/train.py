@@ -95,7 +95,7 @@ class LossConfig(ConfigModel):
         "GPU kernels.",
     )
     jsd_beta: float = Field(
-        0.5, gt=0, lt=1, description="Of jsd: share of the teacher in the mixture."
+        0.5, ge=0.001, le=0.999, description="Of jsd: share of the teacher in the mixture."
     )
     router_temperature: float = Field(1.0, gt=0, description="Of the routers' KL.")
     load_balance: float | None = Field(

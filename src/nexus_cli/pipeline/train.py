@@ -153,26 +153,26 @@ def _train(
             stop=stop,
             anchor=anchor,
             keeper=assemble.make_keeper(request, out.directory, held_out, world, progress),
+            losses=world.from_main(lambda: _losses(out.directory, progress.step)),
             show=held.enter_context(console.live_line()),
         )
+        replay = parts.keeper.replay if parts.keeper is not None else []
         settings = assemble.loop_settings(request, evaluates=held_out is not None)
         with memory_of_run(request, world.device, teacher_device, step=lambda: progress.step + 1):
             received = _take_steps(Loop(parts, settings, progress), out.directory)
     if received:
         raise _interrupted(received, progress, request, out.directory)
-    _tell(out.directory, request, world)
     _commit(out, request, progress, world)
+    if world.is_main:
+        for sentence in diagnose(read_metrics(out.directory), replay):
+            log.info("%s", sentence)
 
 
-def _tell(directory: Path, request: Request, world: World) -> None:
-    """The closing diagnosis, in the log and on the terminal."""
-    if not world.is_main:
-        return
-    replay = [
-        name for name, w in zip(request.sources, request.weights, strict=True) if w.kd and not w.ce
-    ]
-    for sentence in diagnose(read_metrics(directory), replay):
-        log.info("%s", sentence)
+def _losses(directory: Path, step: int) -> list[float]:
+    """Losses of the steps before ``step``, where a run goes on."""
+    if not step or not (directory / FILENAME).is_file():
+        return []
+    return [r["loss"] for r in read_metrics(directory) if r.get("loss") and r["step"] <= step]
 
 
 def _restored(
@@ -198,7 +198,7 @@ def _take_steps(loop: Loop, directory: Path) -> int:
         return loop.run()
     except LossError as error:
         raise ArtifactError(
-            f"{error}; nothing was learned from it and no file was overwritten",
+            f"{error}; {error.kept}",
             hint="lower --learning-rate, or look at that text; the checkpoints before it are "
             f"in {directory}",
         ) from error
@@ -269,7 +269,9 @@ def _commit(out: StageOutput, request: Request, progress: Progress, world: World
     Whoever asked for an early end wants the best instead.
     """
     best = read_best(out.directory) if request.config.evaluation.patience else None
-    step = best.step if best is not None and best.step else progress.step
+    step = progress.step
+    if best is not None and (out.directory / f"checkpoint-{best.step}").is_dir():
+        step = best.step
     out.main = out.directory / f"checkpoint-{step}"
     if world.is_main:
         out.add(out.directory / FILENAME, format="nexus.metrics/1")

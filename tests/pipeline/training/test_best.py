@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from nexus_cli.core.train.best import Best, read_best
-from nexus_cli.errors import ConfigError
+from nexus_cli.core.train.best import Best, BestKeeper, read_best
+from nexus_cli.errors import ConfigError, WorkspaceError
 from nexus_cli.io.metrics import read_metrics
+from nexus_cli.pipeline import train
 from nexus_cli.pipeline.training import assemble
 
 
@@ -95,3 +96,62 @@ def test_starting_over_forgets_the_best_of_the_run_before(run, objectives):
 def test_patience_without_evaluations_is_refused(make_config):
     with pytest.raises((ConfigError, ValueError), match="patience needs evaluations"):
         make_config(evaluation={"every": None, "patience": 2})
+
+
+def test_a_run_killed_before_the_best_is_written_down_goes_on_as_the_unbroken_one(
+    run, objectives, monkeypatch
+):
+    values = [5.0, 4.0, 3.0, 3.5, 3.5, 3.5]
+    objectives(values)
+    whole = run("whole", evaluation=EVERY_TWO, runtime={"save_every": 2})
+
+    class Killed(BaseException):
+        pass
+
+    def die(keeper):
+        if keeper.best.step == 4:
+            raise Killed
+        honest(keeper)
+
+    honest = BestKeeper.write
+    monkeypatch.setattr(BestKeeper, "write", die)
+    objectives(values)
+    with pytest.raises(Killed):
+        run("killed", evaluation=EVERY_TWO, runtime={"save_every": 2})
+    monkeypatch.setattr(BestKeeper, "write", honest)
+    objectives(values[3:])
+    killed = run("killed", evaluation=EVERY_TWO, runtime={"save_every": 2})
+    assert read_best(killed) == read_best(whole) == Best(4, pytest.approx(1.5))
+    names = [sorted(path.name for path in out.glob("checkpoint-*")) for out in (whole, killed)]
+    assert names[0] == names[1]
+
+
+def test_a_run_killed_after_its_early_end_ends_there_again(run, objectives, monkeypatch):
+    settings = {"evaluation": {**EVERY_TWO, "patience": 2}, "runtime": {"save_every": None}}
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    objectives([5.0, 4.0, 4.1, 4.2, 4.3, 4.4])
+    honest = train._commit
+    monkeypatch.setattr(train, "_commit", die)
+    with pytest.raises(Killed):
+        run(**settings)
+    monkeypatch.setattr(train, "_commit", honest)
+    out = run(**settings)
+    assert read_metrics(out)[-1]["step"] == 6
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-6"}
+
+
+def test_a_folder_with_checkpoints_of_another_run_is_not_gone_on_into(run):
+    source = run("source", runtime={"save_every": 8})
+    other = run("other", max_steps=2, runtime={"save_every": 2})
+    other.with_name("other.manifest.json").unlink()  # as if it were not finished
+    changes = {"max_steps": 10, "runtime": {"resume": str(source / "checkpoint-8")}}
+    with pytest.raises(
+        WorkspaceError, match="holds checkpoints of another run, the last at step 2"
+    ):
+        run("other", **changes)

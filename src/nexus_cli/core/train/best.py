@@ -11,6 +11,8 @@ from nexus_cli.core.distributed import World
 from nexus_cli.core.train.step import SourceWeights
 from nexus_cli.errors import ArtifactError
 from nexus_cli.io.atomic import write_atomic
+from nexus_cli.io.metrics import FILENAME as METRICS
+from nexus_cli.io.metrics import read_metrics
 
 FILENAME = "best.json"
 
@@ -26,13 +28,6 @@ class Best:
 
     step: int
     objective: float
-
-    def evaluations_until(self, step: int, every: int) -> int:
-        """Evaluations after this one up to ``step``, one each ``every`` steps and one at the end.
-
-        Counted from the step numbers, so that a resumed run counts as an unbroken one.
-        """
-        return -(-(step - self.step) // every)
 
 
 def held_out_objective(
@@ -75,28 +70,70 @@ def read_best(directory: Path) -> Best | None:
 class BestKeeper:
     """Follows a run's evaluations, over kills and resumes.
 
+    What counts is in ``metrics.jsonl``, which a resumed run cuts at its start: an evaluation is
+    written there before its checkpoint is, so none is lost between the two. ``best.json`` is for
+    readers, and for whoever prunes checkpoints.
+
     Args:
         directory: the run's folder.
         weights: of the held-out sources.
         world: the main rank reads and writes, all ranks know.
         start: the step that the run starts from; what came after it never happened.
+        judge: names text and weights; evaluations by another judge are not comparable.
+
+    Attributes:
+        best: so far; ``None`` before the first evaluation.
+        since: evaluations after it.
     """
 
     def __init__(
-        self, directory: Path, weights: Mapping[str, SourceWeights], world: World, start: int
+        self,
+        directory: Path,
+        weights: Mapping[str, SourceWeights],
+        world: World,
+        start: int,
+        judge: str = "",
     ) -> None:
-        self._path = directory / FILENAME
-        self._weights = weights
-        self._writes = world.is_main
-        found = world.from_main(lambda: read_best(directory) if start else None)
-        self.best = found if found is not None and found.step <= start else None
+        self._directory, self._writes = directory, world.is_main
+        self._weights, self.judge = weights, judge
+        self.best: Best | None = None
+        self.since = 0
+        for step, objective in world.from_main(lambda: _judged(directory, judge, start)):
+            self.see(step, objective)
+        if self.best is not None:
+            self.write()
+
+    @property
+    def replay(self) -> list[str]:
+        """Sources that are only to be held, not learned."""
+        return [name for name, weight in self._weights.items() if weight.kd and not weight.ce]
 
     def objective(self, results: Mapping[str, Mapping[str, float]]) -> float:
         """See :func:`held_out_objective`."""
         return held_out_objective(results, self._weights)
 
-    def keep(self, best: Best) -> None:
-        """Write it down; its checkpoint must be whole by now."""
-        self.best = best
-        if self._writes:
-            write_atomic(self._path, json.dumps(asdict(best)).encode())
+    def see(self, step: int, objective: float) -> bool:
+        """Whether an evaluation is the best so far; a tie is not."""
+        if self.best is None or objective < self.best.objective:
+            self.best, self.since = Best(step, objective), 0
+            return True
+        self.since += 1
+        return False
+
+    def write(self) -> None:
+        """Write the best down; its checkpoint must be whole by now."""
+        if self._writes and self.best is not None:
+            write_atomic(self._directory / FILENAME, json.dumps(asdict(self.best)).encode())
+
+
+def _judged(directory: Path, judge: str, start: int) -> list[tuple[int, float]]:
+    """Steps and objectives of the evaluations up to ``start``; none for a run that starts."""
+    if not start or not (directory / METRICS).is_file():
+        return []
+    return [
+        (record["step"], record["held_out_objective"])
+        for record in read_metrics(directory)
+        if record["step"] <= start
+        and record.get("judge") == judge
+        and record.get("held_out_objective") is not None
+    ]

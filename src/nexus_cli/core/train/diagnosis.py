@@ -8,6 +8,7 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
+LEARNED = 0.999  # of a perplexity; less of a change is none
 CLIPPED_OFTEN = 0.3  # of the steps; clipping is for accidents
 MOVED = 0.1  # nats of KL on text that was only to be held
 CLOSED = 1e-3  # mean size of gates below which a shared expert hardly speaks
@@ -24,8 +25,9 @@ def diagnose(records: Sequence[Record], replay: Sequence[str] = ()) -> list[str]
         records: of ``metrics.jsonl``, in order.
         replay: names of the sources that were only to be held, not learned.
     """
-    steps = [record for record in records if "loss" in record]
-    evaluations = [record for record in records if record.get("eval")]
+    known = [_without_nulls(record) for record in records]
+    steps = [record for record in known if "loss" in record]
+    evaluations = [record for record in known if record.get("eval")]
     return [
         *_learned(evaluations, replay),
         *_best(evaluations),
@@ -37,13 +39,24 @@ def diagnose(records: Sequence[Record], replay: Sequence[str] = ()) -> list[str]
     ]
 
 
+def _without_nulls(value: Any) -> Any:
+    """A record without what was no number when it was written."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [item for item in value if item is not None]
+    return value
+
+
 def _learned(evaluations: Sequence[Record], replay: Sequence[str]) -> Iterator[str]:
     if len(evaluations) < 2:
         return
     first, last = evaluations[0]["eval"], evaluations[-1]["eval"]
     for name in sorted((first.keys() & last.keys()) - set(replay)):
+        if not all("perplexity" in end[name] for end in (first, last)):
+            continue
         before, after = first[name]["perplexity"], last[name]["perplexity"]
-        if after < before:
+        if after < LEARNED * before:
             yield f"learned: held-out perplexity of {name} fell from {before:.2f} to {after:.2f}"
         else:
             yield (
@@ -124,7 +137,7 @@ def _time(steps: Sequence[Record]) -> Iterator[str]:
     if not timed:
         return
     total = {name: sum(float(t.get(name, 0.0)) for t in timed) for name in timed[-1]}
-    whole = sum(total.values())
+    whole = sum(total.values()) or 1.0
     shares = ", ".join(f"{name} {value / whole:.0%}" for name, value in total.items())
     yield f"a step's time: {shares}"
     if total.get("teacher", 0.0) > WAITING * whole:

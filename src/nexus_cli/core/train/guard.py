@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from collections.abc import Iterable
 
 WINDOW = 50  # steps whose median is the usual loss
 FEWEST = 10  # steps before anything is called usual
@@ -15,6 +16,8 @@ IN_A_ROW = 3  # one batch of odd text is no explosion
 class LossError(ValueError):
     """The loss is beyond use; this step's gradient was not applied."""
 
+    kept = "nothing was learned from it and no file was overwritten"
+
 
 class NotFiniteError(LossError):
     """A loss or a gradient is NaN or infinite."""
@@ -22,6 +25,8 @@ class NotFiniteError(LossError):
 
 class ExplodingLossError(LossError):
     """The loss left what was usual, step after step."""
+
+    kept = "no checkpoint was written since it began"
 
 
 class LossGuard:
@@ -40,6 +45,19 @@ class LossGuard:
     def usual(self) -> float | None:
         """The median of the last steps' losses; ``None`` before there are enough."""
         return statistics.median(self._recent) if len(self._recent) >= FEWEST else None
+
+    @property
+    def alarmed(self) -> bool:
+        """Whether the last step's loss was far above the usual one."""
+        return self._above > 0
+
+    def remember(self, losses: Iterable[float]) -> None:
+        """Take the losses of steps before a resume, in order."""
+        for loss in losses:
+            try:
+                self.check(loss, 0.0)
+            except LossError:
+                self._above = 0
 
     def check(self, loss: float, norm: float) -> str | None:
         """Judge a step.

@@ -18,7 +18,7 @@ from nexus_cli.core.distill.anchor import Anchor
 from nexus_cli.core.distill.schedule import Schedule, ScheduleValues
 from nexus_cli.core.distill.teacher import TeacherSignal
 from nexus_cli.core.distributed import World
-from nexus_cli.core.train.best import Best, BestKeeper
+from nexus_cli.core.train.best import BestKeeper
 from nexus_cli.core.train.estimate import Forecast
 from nexus_cli.core.train.feed import Feed
 from nexus_cli.core.train.guard import LossError, LossGuard
@@ -105,6 +105,7 @@ class Parts:
         stop: signals received.
         anchor: weight averaging, or ``None``.
         keeper: of the best checkpoint, or ``None``.
+        losses: of the steps before a resume, the last ones.
         show: puts a line of text in place of the last one, where somebody watches.
     """
 
@@ -120,6 +121,7 @@ class Parts:
     stop: StopRequest
     anchor: Anchor | None = None
     keeper: BestKeeper | None = None
+    losses: Sequence[float] = ()
     show: Callable[[str], None] = lambda _: None
 
 
@@ -133,6 +135,7 @@ class Loop:
         self._watch = Stopwatch()
         self._clock = PhaseClock(parts.world.device)
         self._guard = LossGuard(settings.explosion)
+        self._guard.remember(parts.losses)
         self._saved_at = progress.step
         self._ends_early = False
         self._forecast = Forecast(
@@ -154,6 +157,7 @@ class Loop:
         """
         if self.progress.step == 0 and self.settings.evaluate_every:
             self._evaluate()
+        self._ends_early = self._is_out_of_patience()  # killed after an early end
         self._watch = Stopwatch()
         while self.progress.step < self.settings.max_steps and not self._ends_early:
             with self._forecast.measure("steps"):
@@ -207,7 +211,10 @@ class Loop:
         if self.settings.evaluate_every and (last or self._due(self.settings.evaluate_every)):
             self._evaluate()
         if self.settings.save_every and self._due(self.settings.save_every):
-            self._save()
+            if self._guard.alarmed:
+                log.warning("step %d is not saved: its loss is unusual", self.progress.step)
+            else:
+                self._save()
         if (said := self._forecast.said(self.progress.step)) is not None:
             log.info("%s", said)
 
@@ -311,7 +318,8 @@ class Loop:
         if results:
             keeper = self.parts.keeper
             objective = None if keeper is None else keeper.objective(results)
-            self._write({"eval": results, "held_out_objective": objective})
+            judged = {} if keeper is None else {"judge": keeper.judge}
+            self._write({"eval": results, "held_out_objective": objective, **judged})
             for name, values in results.items():
                 shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
                 log.info("held-out %s at step %d: %s", name, self.progress.step, shown)
@@ -321,15 +329,16 @@ class Loop:
 
     def _judge(self, keeper: BestKeeper, objective: float) -> None:
         """Keep the best checkpoint, and end a run that has stopped getting better."""
-        best = keeper.best
-        if best is None or objective < best.objective:
+        if keeper.see(self.progress.step, objective):
             self._save()  # whole before it is called the best; at step 0 there is nothing to save
-            keeper.keep(Best(self.progress.step, objective))
-            return
-        every, patience = self.settings.evaluate_every, self.settings.patience
-        if every and patience and best.evaluations_until(self.progress.step, every) >= patience:
-            self._ends_early = True
-            log.info("no better on held-out text since step %d: the run ends here", best.step)
+            keeper.write()
+        elif self._is_out_of_patience() and keeper.best is not None:
+            self._ends_early, best = True, keeper.best.step
+            log.info("no better on held-out text since step %d: the run ends here", best)
+
+    def _is_out_of_patience(self) -> bool:
+        keeper, patience = self.parts.keeper, self.settings.patience
+        return keeper is not None and patience is not None and keeper.since >= patience
 
     def _save(self) -> None:
         """Save, unless this very step is saved already."""

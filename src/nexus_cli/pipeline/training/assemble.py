@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from nexus_cli.core.train.state import (
 )
 from nexus_cli.core.train.step import DistillationStep, Objective, SourceWeights
 from nexus_cli.errors import ArtifactError, ResourceError
+from nexus_cli.io.hashing import sha256_json
 from nexus_cli.pipeline.training.memory import spend_memory
 from nexus_cli.pipeline.training.optimizer import (
     make_optimizer,
@@ -243,7 +244,14 @@ def make_keeper(
         name: SourceWeights(w.ce, w.kd, w.router)
         for (name, _), w in zip(named, weights, strict=True)
     }
-    return BestKeeper(directory, judged, world, progress.step)
+    judge = sha256_json(
+        {
+            "sources": [[name, *asdict(weight).values()] for name, weight in judged.items()],
+            "text": (evaluation.data or data).model_dump(mode="json", exclude={"data_dir"}),
+            "sequences": evaluation.sequences,
+        }
+    )
+    return BestKeeper(directory, judged, world, progress.step, judge[:12])
 
 
 def _stored_dtypes(masters: Mapping[str, Tensor]) -> dict[str, torch.dtype]:

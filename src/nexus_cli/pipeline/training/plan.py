@@ -316,5 +316,7 @@ def _layer_bytes(request: Request, model: dict[str, Any], wide: int) -> int:
 
 def checkpoint_bytes(request: Request, sizes: Sequence[int]) -> int:
     """Disk for the kept checkpoints: bf16 tensors, and the training state in the newest two."""
-    keep_last = request.config.runtime.keep_last
-    return keep_last * 2 * sum(sizes) + min(keep_last, WITH_STATE) * state_bytes(request, sizes)
+    keep_last, evaluation = request.config.runtime.keep_last, request.config.evaluation
+    best = 1 if evaluation.keep_best and evaluation.every is not None else 0
+    models = keep_last + best + 1  # one more while it is written, before an old one goes
+    return models * 2 * sum(sizes) + (WITH_STATE + 1) * state_bytes(request, sizes)

@@ -19,6 +19,7 @@ from nexus_cli.core.train.checkpoints import (
 )
 from nexus_cli.core.train.state import TrainingState, read_counters, read_state
 from nexus_cli.errors import ConfigError, WorkspaceError
+from nexus_cli.io.metrics import FILENAME as METRICS
 from nexus_cli.pipeline.training.request import Request
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,8 @@ def choose_start(
         if not force:
             _require_same(chosen, mine)
         _require_newest(directory, chosen, force=force)
+        if chosen.path.parent.resolve() != directory.resolve():
+            _require_own(directory, force=force)
         return chosen
     found = newest_resumable(directory)
     if resume == "auto" and found is not None and not force:
@@ -125,6 +128,20 @@ def _require_same(checkpoint: Checkpoint, mine: Mapping[str, Any]) -> None:
             hint="use --force to start over, --resume with its path and --force to go on from "
             "it all the same, or another --output-dir",
         )
+
+
+def _require_own(directory: Path, *, force: bool) -> None:
+    """A run that goes on from elsewhere shares its folder with nobody."""
+    left = find_checkpoints(directory)
+    if left and not force:
+        raise WorkspaceError(
+            f"{directory} holds checkpoints of another run, the last at step {left[-1].step}",
+            hint="use --force to replace them, or another --output-dir",
+        )
+    for checkpoint in left:
+        remove_checkpoint(checkpoint)
+    for name in (BEST, METRICS):
+        (directory / name).unlink(missing_ok=True)
 
 
 def _require_newest(directory: Path, chosen: Checkpoint, *, force: bool) -> None:

@@ -61,3 +61,14 @@ def test_a_run_at_its_best_in_the_end_is_not_told_to_go_back():
 
 def test_no_records_say_nothing():
     assert diagnose([]) == []
+
+
+def test_numbers_that_were_none_are_passed_over():
+    records = [
+        {"step": 0, "eval": {"domain": {"loss": None, "perplexity": None, "kd": None}}},
+        step(1, loss=None, gate_mean_abs=None, drift_topk_overlap=None, clipped=None),
+        step(2, drift_topk_overlap=0.5, drift_layers={"topk_overlap": [None, 0.5]}),
+        step(3, seconds={"teacher": 0.0, "forward": 0.0}),
+        {"step": 3, "eval": {"domain": {"perplexity": 2.0}}, "held_out_objective": None},
+    ]
+    assert any("time" in line for line in diagnose(records))

@@ -50,3 +50,12 @@ def test_nothing_is_unusual_before_there_is_a_usual_loss_or_without_a_limit():
     young = LossGuard(5.0)
     assert all(young.check(loss, 1.0) is None for loss in (0.01, 90.0, 90.0, 90.0, 90.0))
     assert all(seasoned(limit=None).check(1e6, 1.0) is None for _ in range(5))
+
+
+def test_a_resumed_guard_remembers_what_was_usual_and_an_explosion_that_had_begun():
+    guard = LossGuard(5.0)
+    guard.remember([2.0] * 20 + [30.0, 30.0])
+    assert guard.usual == 2.0
+    assert guard.alarmed
+    with pytest.raises(ExplodingLossError):
+        guard.check(30.0, 1.0)
