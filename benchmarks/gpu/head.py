@@ -128,6 +128,11 @@ def plain_top_k(hidden: Tensor, head: Tensor, chunk: int) -> None:
         filled.logsumexp(-1)
 
 
+def sampled_top_k(hidden: Tensor, head: Tensor, labels: Tensor, chunk: int) -> None:
+    """Ours with a nucleus, and draws from the tail."""
+    top_k(hidden, head, labels, K, chunk_size=chunk, top_p=0.98, min_k=4, num_tail_samples=8)
+
+
 def bench_top_k(hidden: Tensor, head: Tensor) -> dict[str, object]:
     """Ours, PyTorch's and the product alone, by chunk size; and whether ours is exact."""
     labels = torch.zeros(len(hidden), dtype=torch.long, device="cuda")
@@ -136,6 +141,7 @@ def bench_top_k(hidden: Tensor, head: Tensor) -> dict[str, object]:
         result[f"chunk_{chunk}"] = {
             "products": measure(lambda c=chunk: products(hidden, head, c, 1)),
             "ours": measure(lambda c=chunk: top_k(hidden, head, labels, K, chunk_size=c)),
+            "sampled": measure(lambda c=chunk: sampled_top_k(hidden, head, labels, c)),
             "pytorch": measure(lambda c=chunk: plain_top_k(hidden, head, c), 1),
         }
     rows = min(1024, len(hidden))
@@ -187,7 +193,7 @@ def main() -> None:
     signals = {
         "loss_ce": None,
         "loss_ce_dense_kd": DenseSignal(teacher),
-        "loss_ce_store_kd": TopKSignal(kept.ids_NK, kept.logprobs_NK, kept.tail_logprob_N),
+        "loss_ce_store_kd": TopKSignal(kept.ids_NK, kept.logprobs_NK, kept.tails_NT),
     }
     result: dict[str, object] = {
         **print_machine(),

@@ -104,7 +104,7 @@ def test_a_finished_run_becomes_figures_and_a_page(
     assert "config.lr" in page
     assert "&lt;b&gt;" in page
     assert "temperature" not in page.lower().split("<h2>notes")[0]
-    assert "Temperature of the KL: 1 throughout" in page
+    assert "Temperature of kd: 1 throughout" in page
     assert "not a finite number at 1 steps, first at step 4" in " ".join(said.err.split())
     assert "report.html" in said.out
     manifest = json.loads((folder / "manifest.json").read_text())

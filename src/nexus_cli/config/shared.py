@@ -23,7 +23,12 @@ class LossWeights(ConfigModel):
     """What the text of one source teaches; each term is a mean over counted tokens."""
 
     ce: float = Field(1.0, ge=0, description="Cross entropy with the text itself.")
-    kd: float = Field(0.1, ge=0, description="KL(teacher || student) over the vocabulary.")
+    kd: float = Field(
+        0.1,
+        ge=0,
+        description="Divergence from the teacher over the vocabulary: the forward KL, or what "
+        "train.loss.divergence says.",
+    )
     router: float = Field(0.0, ge=0, description="KL between the routers.")
 
 

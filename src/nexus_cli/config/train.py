@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from nexus_cli.config.base import ConfigModel, RuntimeConfig, check_device
+from nexus_cli.config.places import FolderOrUri
 from nexus_cli.config.shared import AdapterBase, Dtype, LossWeights, TextData
 
 
@@ -33,7 +34,7 @@ class OptimizerConfig(ConfigModel):
 
 
 class ScheduleConfig(ConfigModel):
-    """How rates, temperature and KL weight change; what is not given follows ``advanced``."""
+    """How rates, temperature and kd weight change; what is not given follows ``advanced``."""
 
     advanced: bool = Field(
         False, description="The DeepSeek-V3 style set of schedules, with a trained router."
@@ -49,7 +50,7 @@ class ScheduleConfig(ConfigModel):
     )
     final_ratio: float = Field(0.1, ge=0, le=1, description="Final rate relative to the peak.")
     temperature: float | None = Field(
-        None, gt=0, description="Of the vocabulary KL (1; advanced 4)."
+        None, gt=0, description="Of both distributions in kd (1; advanced 4)."
     )
     final_temperature: float | None = Field(
         None, gt=0, description="At the end (as at the start; advanced 2)."
@@ -58,7 +59,7 @@ class ScheduleConfig(ConfigModel):
         None, ge=0, le=1, description="Share of the steps before it moves (0; advanced 0.3)."
     )
     kd_warmup_ratio: float | None = Field(
-        None, ge=0, le=1, description="Share of the steps over which the KL weight rises (0)."
+        None, ge=0, le=1, description="Share of the steps over which the kd weight rises (0)."
     )
     router_bias_multiplier: float | None = Field(
         None, ge=0, description="Rate of router biases relative to routers (1; advanced 0.001)."
@@ -70,7 +71,7 @@ class ScheduleConfig(ConfigModel):
     @model_validator(mode="after")
     def _one_shape(self) -> Self:
         if self.advanced and (self.decay is not None or self.kd_warmup_ratio is not None):
-            raise ValueError("the advanced schedule has its own decay and KL warm-up")
+            raise ValueError("the advanced schedule has its own decay and kd warm-up")
         return self
 
 
@@ -151,7 +152,15 @@ class TeacherConfig(ConfigModel):
     model: str | None = Field(
         None, description="The original model; by default the student without its shared experts."
     )
-    store: Path | None = Field(None, description="Teacher store that nexus precompute wrote.")
+    store: FolderOrUri | None = Field(
+        None,
+        description="Teacher store that nexus precompute wrote: a folder, or s3://, gs://, hf://.",
+    )
+    tail: Literal["bucket", "samples"] = Field(
+        "bucket",
+        description="Of the tokens that a store does not keep: their mass in one bucket, or the "
+        "samples that it holds (right on average, noisy, T = 1).",
+    )
 
 
 class TrainRuntime(RuntimeConfig):
@@ -272,7 +281,7 @@ def weights_of(
 ) -> tuple[LossWeights, ...]:
     """What each source teaches: what it says itself, or what its role in the mixture says.
 
-    A replay source keeps to KL only where there is something else to learn from.
+    A replay source keeps to kd only where there is something else to learn from.
     """
     is_mixture = any(name not in loss.replay_sources for name, _ in sources)
     return tuple(

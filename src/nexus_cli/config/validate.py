@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from nexus_cli.config.base import ConfigModel, RuntimeConfig
+from nexus_cli.config.places import FolderOrUri
 from nexus_cli.config.shared import AdapterBase, DataSource, Dtype, TextData
 
 SELF = "self"
@@ -33,6 +34,12 @@ class ValidateConfig(ConfigModel):
         None,
         description="Model to compare with, or 'self' for the same weights with the shared "
         "experts off; by default the base it was converted from.",
+    )
+    store: FolderOrUri | None = Field(
+        None, description="Check this teacher store instead of a model; --model is its teacher."
+    )
+    store_rows: int = Field(
+        32, ge=0, description="Sequences of a store that its teacher is asked about again."
     )
     compute_perplexity: bool = Field(
         True, description="Score held-out text: perplexity, KL, agreement."
@@ -78,4 +85,6 @@ class ValidateConfig(ConfigModel):
             self.general is None or not self.compute_perplexity
         ):
             raise ValueError("max_degradation needs general text and compute_perplexity")
+        if self.store is not None and (self.baseline or self.base):
+            raise ValueError("a teacher store is checked against its teacher: no baseline, no base")
         return self

@@ -86,7 +86,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _tell(timeline: Timeline) -> None:
-    columns = ("step", "stage", *(f"rate, {group}" for group in timeline.rates), "T", "KL weight")
+    columns = ("step", "stage", *(f"rate, {group}" for group in timeline.rates), "T", "kd weight")
     stages = [stage for stage, first, last in timeline.stages for _ in range(first, last + 1)]
     rows = []
     for step in timeline.turns:

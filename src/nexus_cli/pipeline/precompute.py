@@ -5,42 +5,52 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nexus_cli.config.precompute import PrecomputeConfig
 from nexus_cli.core.data.blocks import PackedBlocks, collate
-from nexus_cli.core.data.order import mixture_order
 from nexus_cli.core.distributed import World
 from nexus_cli.core.model.gpt_oss.loading import load_model
 from nexus_cli.core.model.gpt_oss.modeling_nexus_gpt_oss import NexusGptOssForCausalLM
 from nexus_cli.core.train.precision import frozen_dtype
 from nexus_cli.errors import ConfigError, ResourceError
-from nexus_cli.io import console, model_dir, teacher_store
-from nexus_cli.io.hashing import sha256_file, sha256_json
+from nexus_cli.io import console, model_dir
+from nexus_cli.io.location import locate
 from nexus_cli.io.manifest import Output
 from nexus_cli.io.model_dir import ModelShape
-from nexus_cli.io.teacher_shards import StoreRows, concatenate
-from nexus_cli.io.teacher_store import ShardRecord, StoreManifest, StorePlan
-from nexus_cli.io.teacher_writer import StoreWriter
+from nexus_cli.io.teacher_store.manifest import (
+    FILENAME,
+    FORMAT,
+    SHARDS,
+    ShardRecord,
+    StoreManifest,
+    StorePlan,
+)
+from nexus_cli.io.teacher_store.reader import open_store
+from nexus_cli.io.teacher_store.writer import DiskFullError, StoreWriter
 from nexus_cli.io.workspace import Workspace
+from nexus_cli.io.write_behind import WriteBehind
 from nexus_cli.pipeline.forward_memory import keep_decoded
 from nexus_cli.pipeline.inputs import Artifact, model_input
 from nexus_cli.pipeline.out_of_memory import memory_on
 from nexus_cli.pipeline.precompute_dry_run import describe
+from nexus_cli.pipeline.precompute_plan import order, store_plan, vocabulary_ranks
 from nexus_cli.pipeline.stage import StageOutput, stage
-from nexus_cli.pipeline.teacher_rows import Answer, ask
-from nexus_cli.pipeline.text import TextBlocks, load_blocks
+from nexus_cli.pipeline.teacher_rows import Answer, Question, ask
+from nexus_cli.pipeline.text import load_blocks
 from nexus_cli.pipeline.world import open_world
 
 log = logging.getLogger(__name__)
 
+CONTINUE = "free some space and run the same command again; it continues there"
 OUT_OF_MEMORY = "use a smaller --batch-size or --seq-len, or name another --device"
-ROWS_A_SHARD = 256
-MIN_SHARDS = 16  # where there are as many batches: work for several ranks, little lost by a kill
+_SEEDS = 1_000_003  # apart, so that runs of neighbouring seeds draw other tails
 
 
 def run(
@@ -105,72 +115,44 @@ def _write_store(
         num_processes=config.runtime.num_processes,
         world=world,
     )
-    order_N = _order(config, text.blocks)
-    plan = _plan(config, teacher, shape, text, order_N, world)
-    writer = StoreWriter(out.directory, plan)
+    order_N = order(config, text.blocks)
+    ranks = vocabulary_ranks(text.blocks, order_N, shape.vocab_size)
+    plan = store_plan(config, teacher, shape, text, order_N, ranks, world.device)
+    writer = StoreWriter(out.directory, plan, ranks)
     world.from_main(lambda: writer.prepare(force=force))
     with memory_on(world.device, OUT_OF_MEMORY):
-        records = _write_shards(config, teacher, text.blocks, order_N, writer, world)
-    gathered = world.gather_objects(records)
+        written = _write_shards(config, teacher, text.blocks, order_N, writer, world)
+    everyone = world.gather_objects(written)
+    records = [record for rank in everyone for record in rank.records]
+    full = next((rank.full for rank in everyone if rank.full is not None), "the disk is full")
+    if not records:
+        raise ResourceError(full, hint=CONTINUE)
+    manifest = world.from_main(lambda: writer.finish(records))
     if world.is_main:
-        manifest = writer.finish(list(chain.from_iterable(gathered)))
-        out.add(out.directory / teacher_store.FILENAME, format=teacher_store.FORMAT)
-        # The shards were hashed as they were written; their size shows if one is lost.
-        out.files[teacher_store.SHARDS] = Output(
-            format=teacher_store.FORMAT,
-            sha256=manifest.digest,
-            bytes=sum(shard.bytes for shard in manifest.shards),
-        )
         _report(out.directory, manifest)
+    if manifest.ended_early == "disk":
+        raise ResourceError(
+            f"{full}; {_size_of(manifest)}, and the store at {out.directory} is usable with that "
+            "size",
+            hint=CONTINUE,
+        )
+    if world.is_main:
+        out.add(out.directory / FILENAME, format=FORMAT)
+        # The shards were hashed as they were written; their size shows if one is lost.
+        out.files[SHARDS] = Output(format=FORMAT, sha256=manifest.digest, bytes=manifest.num_bytes)
 
 
-def _order(config: PrecomputeConfig, blocks: PackedBlocks) -> NDArray[np.int64]:
-    """The blocks to store, in mixture order, up to where the mixture would repeat one."""
-    order_N = mixture_order(
-        config.data.seed,
-        blocks.blocks_per_source,
-        [source.weight for source in config.data.sources],
-        config.num_steps * config.batch_size,
-    )
-    _, first = np.unique(order_N, return_index=True)
-    repeats_N = np.ones(len(order_N), dtype=np.bool_)
-    repeats_N[first] = False
-    if not repeats_N.any():
-        return order_N
-    end = int(repeats_N.argmax())
-    source = config.data.sources[int(blocks.source_N[order_N[end]])]
-    log.warning("%s has no more text after %d sequences of the mixture", source.name, end)
-    return order_N[:end]
+@dataclass(frozen=True)
+class Written:
+    """What one rank wrote.
 
+    Attributes:
+        records: its shards, those too that were there already.
+        full: what to say if its disk was full.
+    """
 
-def _plan(
-    config: PrecomputeConfig,
-    teacher: Artifact,
-    shape: ModelShape,
-    text: TextBlocks,
-    order_N: NDArray[np.int64],
-    world: World,
-) -> StorePlan:
-    batches_a_shard = min(
-        max(1, ROWS_A_SHARD // config.batch_size), math.ceil(config.num_steps / MIN_SHARDS)
-    )
-    return StorePlan(
-        teacher=teacher.digest,
-        teacher_name=config.model,
-        tokenizer=sha256_file(teacher.path / "tokenizer.json"),
-        data_digest=sha256_json([text.digest, order_N.tolist()]),
-        sources=tuple(source.name for source in config.data.sources),
-        vocab_size=shape.vocab_size,
-        top_k=config.top_k,
-        precision=config.precision,
-        dtype=str(frozen_dtype(config.dtype, world.device)).removeprefix("torch."),
-        compression=config.compression,
-        seq_len=config.data.seq_len,
-        batch_size=config.batch_size,
-        requested_steps=config.num_steps,
-        num_rows=len(order_N),
-        rows_per_shard=batches_a_shard * config.batch_size,
-    )
+    records: list[ShardRecord]
+    full: str | None = None
 
 
 def _write_shards(
@@ -180,7 +162,7 @@ def _write_shards(
     order_N: NDArray[np.int64],
     writer: StoreWriter,
     world: World,
-) -> list[ShardRecord]:
+) -> Written:
     """This rank's shards: every ``world.size``-th. Those that are there are kept."""
     plan = writer.plan
     found = {shard: writer.find(shard) for shard in range(world.rank, plan.num_shards, world.size)}
@@ -189,7 +171,7 @@ def _write_shards(
     if records:
         log.info("%d of %d shards are there already", len(records), len(found))
     if not missing:
-        return records
+        return Written(records)
     model = load_model(
         teacher.path,
         device=world.device,
@@ -199,30 +181,54 @@ def _write_shards(
     keep_decoded(model, plan.batch_size * plan.seq_len, world.device)
     if model.config.num_shared_experts:
         log.info("%s has a shared expert, which takes part in what the teacher says", config.model)
-    rows: list[StoreRows] = []
-    for shard, span, answer in _answers(model, blocks, order_N, plan, missing):
-        rows.append(answer.rows())
-        if span.stop == plan.shard_rows(shard).stop:
-            records.append(writer.write(shard, concatenate(rows)))
-            rows.clear()
-    return records
+    started = perf_counter()
+    try:
+        with WriteBehind() as behind:
+            for shard, span, answer in _answers(model, blocks, order_N, writer, missing, config):
+                behind.run(partial(_write, writer, records, shard, span, answer))
+    except DiskFullError as error:
+        return Written(records, str(error))
+    share = behind.waited / (perf_counter() - started)  # the last shard's end is waited for too
+    log.info("the teacher waited for the disk %.1f%% of the time", 100 * share)
+    return Written(records)
+
+
+def _write(
+    writer: StoreWriter, records: list[ShardRecord], shard: int, span: range, answer: Answer
+) -> None:
+    writer.add(span, answer.rows())
+    if span.stop == writer.plan.shard_rows(shard).stop:
+        records.append(writer.close(shard))
 
 
 def _answers(
     model: NexusGptOssForCausalLM,
     blocks: PackedBlocks,
     order_N: NDArray[np.int64],
-    plan: StorePlan,
+    writer: StoreWriter,
     shards: Sequence[int],
+    config: PrecomputeConfig,
 ) -> Iterator[tuple[int, range, Answer]]:
-    """One batch behind: a GPU works on the next one while an answer is laid out and written."""
+    """One batch behind: a GPU works on the next one while an answer comes to the host."""
+    question = Question(
+        top_k=config.top_k,
+        top_p=config.top_p,
+        min_k=writer.plan.min_k,
+        tail_samples=config.tail_samples,
+        experts=config.experts,
+    )
     before: tuple[int, range, Answer] | None = None
-    for shard, span in console.progress(list(_batches(plan, shards)), "teacher batches"):
-        answer = ask(model, collate(blocks, order_N[span.start : span.stop]), plan.top_k)
+    for shard, span in console.progress(list(_batches(writer.plan, shards)), "teacher batches"):
+        if writer.stopped:
+            return
+        batch = collate(blocks, order_N[span.start : span.stop])
+        answer = ask(model, batch, question, seed=config.data.seed * _SEEDS + span.start)
         if before is not None:
+            before[2].wait()
             yield before
         before = shard, span, answer
     if before is not None:
+        before[2].wait()
         yield before
 
 
@@ -235,26 +241,31 @@ def _batches(plan: StorePlan, shards: Sequence[int]) -> Iterator[tuple[int, rang
 
 
 def _report(folder: Path, manifest: StoreManifest) -> None:
-    size = sum(shard.bytes for shard in manifest.shards)
-    tokens = manifest.plan.num_rows * manifest.plan.seq_len
-    nll = manifest.teacher_nll
+    tokens, nll = manifest.num_rows * manifest.plan.seq_len, manifest.teacher_nll
     perplexity = "no targets" if nll is None else f"teacher perplexity {math.exp(nll):.3f}"
+    kept = "" if manifest.mean_k is None else f"{manifest.mean_k:.1f} entries kept a target, "
     console.result(
-        f"{folder}: {manifest.plan.num_rows:,} sequences, {manifest.num_targets:,} targets of "
-        f"{tokens:,} tokens, {size / 2**20:,.1f} MiB ({size / tokens:.1f} bytes a token), "
-        f"{perplexity}"
+        f"{folder}: {manifest.num_rows:,} sequences, {manifest.num_targets:,} targets of "
+        f"{tokens:,} tokens, {kept}{manifest.num_bytes / 2**20:,.1f} MiB "
+        f"({manifest.num_bytes / max(tokens, 1):.1f} bytes a token), {perplexity}"
+    )
+
+
+def _size_of(manifest: StoreManifest) -> str:
+    plan = manifest.plan
+    return (
+        f"{manifest.num_rows:,} of {plan.requested_steps * plan.batch_size:,} sequences "
+        f"({manifest.actual_steps:,} of {plan.requested_steps:,} steps)"
     )
 
 
 def _require_complete(folder: Path) -> None:
     """Say that the text ran out, also when the stage is found finished."""
-    manifest = teacher_store.open_store(folder).manifest
-    if manifest.complete:
+    manifest = open_store(locate(folder)).manifest
+    if manifest.ended_early is None:
         return
-    plan = manifest.plan
     raise ResourceError(
-        f"the text ran out after {plan.num_rows:,} of {plan.requested_steps * plan.batch_size:,} "
-        f"sequences ({manifest.actual_steps:,} of {plan.requested_steps:,} steps); "
+        f"the text ran out after {_size_of(manifest)}; "
         f"the store at {folder} is whole and usable with that size",
         hint=f"train on it: nexus train-offline --precomputed-teacher {folder}; "
         f"or add text with --data, and --force",

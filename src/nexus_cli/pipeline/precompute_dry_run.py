@@ -17,7 +17,7 @@ from nexus_cli.pipeline.model_memory import Placement
 from nexus_cli.pipeline.text import describe_sources
 from nexus_cli.pipeline.world import open_world
 
-_CHUNK = 1024  # positions whose logits exist at once
+_CHUNK = 2048  # positions whose logits exist at once, as top_k has it
 _LOGIT_BUFFERS = 3
 
 
@@ -30,7 +30,7 @@ def describe(config: PrecomputeConfig, teacher: Artifact, shape: ModelShape, fol
     sources = describe_sources(config.data, default_split="train")
     device = open_world(config.runtime.device).device
     num_rows = config.num_steps * config.batch_size
-    disk, disk_left = _store_bytes(config), free_disk(folder)
+    disk, disk_left = _store_bytes(config, shape), free_disk(folder)
     memory, memory_left = _memory_bytes(config, teacher, shape, device), free_memory(device)
     console.result_table(
         "nexus precompute would",
@@ -40,7 +40,7 @@ def describe(config: PrecomputeConfig, teacher: Artifact, shape: ModelShape, fol
             ("on", device),
             ("about", ", ".join(f"{s.name}@{s.split} ({s.origin})" for s in sources)),
             ("sequences", f"{num_rows:,} x {config.data.seq_len} tokens"),
-            ("keep", f"{config.top_k} of {shape.vocab_size:,} tokens a position, and the rest"),
+            ("keep", _kept(config, shape)),
             ("take about", f"{gib(memory)} of {gib(memory_left)} of memory free on {device}"),
             ("write at most", f"{gib(disk)} of {gib(disk_left)} free"),
             ("to", folder),
@@ -58,11 +58,13 @@ def describe(config: PrecomputeConfig, teacher: Artifact, shape: ModelShape, fol
         )
 
 
-def _store_bytes(config: PrecomputeConfig) -> int:
-    """Before compression: ids, log-probabilities, tail, nll, text and positions."""
-    entry = 4 + (2 if config.precision == "float16" else 4)
-    tokens = config.num_steps * config.batch_size * config.data.seq_len
-    return tokens * (config.top_k * entry + 17)
+def _store_bytes(config: PrecomputeConfig, shape: ModelShape) -> int:
+    """Before compression: ids, log-probabilities, tails, nll, text, and what else is asked for."""
+    entry = 2.25 + (1 if config.values == "codes" else 4)
+    position = 18 if config.values == "codes" else 24
+    experts = shape.num_layers * shape.top_k if config.experts else 0
+    token = config.top_k * entry + position + 2.25 * config.tail_samples + experts
+    return int(config.num_steps * config.batch_size * config.data.seq_len * token)
 
 
 def _memory_bytes(
@@ -72,5 +74,14 @@ def _memory_bytes(
     dtype = frozen_dtype(config.dtype, device)
     place = Placement(device, dtype, config.runtime.experts_backend)
     layer = place.forward_bytes(teacher.path, config.batch_size, config.data.seq_len)
-    logits = _LOGIT_BUFFERS * _CHUNK * shape.vocab_size * 4
+    positions = min(_CHUNK, config.batch_size * config.data.seq_len)
+    logits = _LOGIT_BUFFERS * positions * shape.vocab_size * 4
     return place.weight_bytes(teacher.path) + layer + logits
+
+
+def _kept(config: PrecomputeConfig, shape: ModelShape) -> str:
+    of = f"of {shape.vocab_size:,} tokens a position, and the mass of the rest"
+    if config.top_p >= 1:
+        return f"{config.top_k} {of}"
+    least = min(config.min_k, config.top_k)
+    return f"the likeliest to {config.top_p:.0%} of the mass, {least} to {config.top_k} {of}"

@@ -182,8 +182,8 @@ def _is_current(
     if force:
         return False  # without a look at the manifest, which may be what is damaged
     previous = manifest.read(place.manifest)
-    if previous is None:
-        return False
+    if previous is None or not place.main.exists():
+        return False  # nothing is there to be kept, as after the user removed it
     if previous.fingerprint == fingerprint:
         return manifest.is_whole(place.directory, previous)
     changed = _differing(previous.config, settings) + [

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nexus_cli.core.data.batch import Batch
@@ -15,10 +14,29 @@ from nexus_cli.core.distill.topk import TopK, top_k
 from nexus_cli.core.model.gpt_oss.modeling_nexus_gpt_oss import NexusGptOssForCausalLM
 from nexus_cli.core.router.batching import to_device
 from nexus_cli.errors import ArtifactError
-from nexus_cli.io.teacher_shards import StoreRows
+from nexus_cli.io.teacher_store.rows import Kept, StoreRows
 
-# Shape letters in this file: B sequences, S positions, K kept entries, H hidden size,
-# M positions whose next token is a target.
+# Shape letters in this file: B sequences, S positions, H hidden size, L layers, N = B * S,
+# E experts, A experts a token and layer, M positions whose next token is a target.
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is kept of an answer.
+
+    Attributes:
+        top_k: most entries a position.
+        top_p: mass that the kept entries make up; 1 keeps ``top_k`` always.
+        min_k: fewest entries a position.
+        tail_samples: tokens drawn from the rest.
+        experts: keep the chosen experts too.
+    """
+
+    top_k: int
+    top_p: float = 1.0
+    min_k: int = 1
+    tail_samples: int = 0
+    experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,40 +45,52 @@ class Answer:
 
     Attributes:
         batch: what it was asked about.
-        held_BS: True where the next token is a target, on the host.
-        kept: of those positions ``M``, on the host; ids are int32. To be read when ``there``.
+        kept: of the positions ``M``, on the host; ids are int32. To be read after :meth:`wait`.
+        experts_MLA: uint8, likewise; ``None`` if not asked for.
         there: the copy to the host has ended; ``None`` if nothing is copied.
     """
 
     batch: Batch
-    held_BS: Tensor
     kept: TopK
+    experts_MLA: Tensor | None
     there: torch.cuda.Event | None
 
+    def wait(self) -> None:
+        """Until the answer is on the host."""
+        if self.there is not None:
+            self.there.synchronize()
+
     def rows(self) -> StoreRows:
-        """Wait for the answer, and lay it out.
+        """Lay the answer out, after :meth:`wait`, with numpy alone.
+
+        torch would start threads of its own for a thread that writes, and those take the CPU
+        from the model.
 
         Raises:
             ArtifactError: the model gives no numbers.
         """
-        if self.there is not None:
-            self.there.synchronize()
-        kept, held_BS, batch = self.kept, self.held_BS, self.batch
-        if not kept.nll_N.isfinite().all():
+        kept, batch, drawn = self.kept, self.batch, self.kept.tail_samples_Nm
+        if not np.isfinite(kept.nll_N.numpy()).all():
             raise ArtifactError("the teacher gives probabilities that are not numbers")
         return StoreRows(
             input_ids_BS=batch.input_ids_BS.numpy().astype(np.int32),
             position_ids_BS=batch.position_ids_BS.numpy().astype(np.int32),
             loss_mask_BS=batch.loss_mask_BS.numpy(),
             source_B=batch.source_B.numpy().astype(np.int16),
-            ids_BSK=_spread(held_BS, kept.ids_NK, 0),
-            logprobs_BSK=_spread(held_BS, kept.logprobs_NK, -torch.inf),
-            tail_BS=_spread(held_BS, kept.tail_logprob_N, torch.nan),
-            nll_BS=_spread(held_BS, kept.nll_N, 0.0),
+            kept=Kept(
+                ids_MK=kept.ids_NK.numpy(),
+                logprobs_MK=kept.logprobs_NK.numpy(),
+                tails_MT=kept.tails_NT.numpy(),
+                nll_M=kept.nll_N.numpy(),
+                tail_samples_MD=None if drawn is None else drawn.numpy(),
+                experts_MLA=None if self.experts_MLA is None else self.experts_MLA.numpy(),
+            ),
         )
 
 
-def ask(model: NexusGptOssForCausalLM, batch: Batch, k: int) -> Answer:
+def ask(
+    model: NexusGptOssForCausalLM, batch: Batch, question: Question, *, seed: int = 0
+) -> Answer:
     """Ask ``model`` about ``batch``, at the positions whose next token is a target.
 
     A GPU is given the work and not waited for: ask about the next batch before reading the rows.
@@ -68,38 +98,70 @@ def ask(model: NexusGptOssForCausalLM, batch: Batch, k: int) -> Answer:
     Args:
         model: the teacher, on any device; it runs as it is, with the shared experts it has.
         batch: sequences, on the CPU.
-        k: entries kept a position.
+        question: what is kept.
+        seed: of the samples of the tail.
     """
     head_VH = model.lm_head.weight
     device = head_VH.device
+    labels_M = batch.input_ids_BS[:, 1:][batch.loss_mask_BS[:, 1:]]
     held_BS = torch.zeros_like(batch.loss_mask_BS)
     held_BS[:, :-1] = batch.loss_mask_BS[:, 1:]
-    labels_M = batch.input_ids_BS[:, 1:][batch.loss_mask_BS[:, 1:]]
-    place_M = held_BS.flatten().nonzero()[:, 0]  # on the host: a mask on the device is waited for
+    # Found on the host: a mask on the device is waited for.
+    place_M = to_device(held_BS.flatten().nonzero()[:, 0], device)
     with torch.inference_mode():
-        hidden_BSH = model.model(
+        out = model.model(
             input_ids=to_device(batch.input_ids_BS, device),
             position_ids=to_device(batch.position_ids_BS, device),
             use_cache=False,
-        ).last_hidden_state
-        hidden_MH = hidden_BSH.flatten(0, 1).index_select(0, to_device(place_M, device))
-        kept, there = _on_host(top_k(hidden_MH, head_VH, to_device(labels_M, device), k))
-    return Answer(batch, held_BS, kept, there)
+            output_router_logits=question.experts,
+        )
+        kept = top_k(
+            out.last_hidden_state.flatten(0, 1).index_select(0, place_M),
+            head_VH,
+            to_device(labels_M, device),
+            question.top_k,
+            top_p=question.top_p,
+            min_k=question.min_k,
+            num_tail_samples=question.tail_samples,
+            generator=torch.Generator(device).manual_seed(seed) if question.tail_samples else None,
+        )
+        experts_MLA = None
+        if question.experts:
+            experts_MLA = chosen(out.router_logits, place_M, model.config.num_experts_per_tok)
+        return _on_host(batch, kept, experts_MLA)
 
 
-def _on_host(kept: TopK) -> tuple[TopK, torch.cuda.Event | None]:
+def chosen(router_logits: Sequence[Tensor], place_M: Tensor, experts_a_token: int) -> Tensor:
+    """The experts that every layer chose, ascending: ``[M, L, A]``, uint8.
+
+    Args:
+        router_logits: of every layer ``[N, E]``, at most 256 experts.
+        place_M: positions to keep.
+        experts_a_token: ``A``.
+    """
+    layers = [
+        logits_NE.index_select(0, place_M).topk(experts_a_token, dim=-1).indices.sort().values
+        for logits_NE in router_logits
+    ]
+    return torch.stack(layers, dim=1).to(torch.uint8)
+
+
+def _on_host(batch: Batch, kept: TopK, experts_MLA: Tensor | None) -> Answer:
     """Start the copies; from a GPU they go to pinned memory, and the event says when they end."""
-    tensors = kept.ids_NK.to(torch.int32), kept.logprobs_NK, kept.tail_logprob_N, kept.nll_N
-    copies = TopK(*(tensor.to("cpu", non_blocking=True) for tensor in tensors))
-    if not kept.nll_N.is_cuda:
-        return copies, None
-    there = torch.cuda.current_stream(kept.nll_N.device).record_event()
-    return copies, there
+    drawn = kept.tail_samples_Nm
+    copies = TopK(
+        _copy(kept.ids_NK.to(torch.int32)),
+        _copy(kept.logprobs_NK),
+        _copy(kept.tails_NT),
+        _copy(kept.nll_N),
+        None if drawn is None else _copy(drawn.to(torch.int32)),
+    )
+    experts_MLA = None if experts_MLA is None else _copy(experts_MLA)
+    there = None
+    if kept.nll_N.is_cuda:
+        there = torch.cuda.current_stream(kept.nll_N.device).record_event()
+    return Answer(batch, copies, experts_MLA, there)
 
 
-def _spread(held_BS: Tensor, values_MX: Tensor, filler: float) -> NDArray[Any]:
-    """Values of the held positions at their places, ``filler`` elsewhere: ``[B, S, ...]``."""
-    spread = torch.full((*held_BS.shape, *values_MX.shape[1:]), filler, dtype=values_MX.dtype)
-    spread[held_BS] = values_MX
-    array: NDArray[Any] = spread.numpy()
-    return array
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", non_blocking=True)

@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import GeneralTracker
 
 from nexus_cli.config.train import TrainConfig
 from nexus_cli.core import distributed
 from nexus_cli.core.distill.anchor import Anchor
 from nexus_cli.core.distributed import World
 from nexus_cli.core.model.gpt_oss.export import NEXUS_SHARD
-from nexus_cli.core.train.best import read_best
+from nexus_cli.core.train.best import Best, BestKeeper
 from nexus_cli.core.train.checkpoints import Checkpoint
 from nexus_cli.core.train.determinism import make_deterministic
 from nexus_cli.core.train.diagnosis import diagnose
@@ -36,7 +37,7 @@ from nexus_cli.pipeline.training.request import Request, offline_request, online
 from nexus_cli.pipeline.training.resume import choose_start, identity, load_start
 from nexus_cli.pipeline.training.shortage import memory_of_run
 from nexus_cli.pipeline.training.text import held_out_text, training_batches
-from nexus_cli.pipeline.training.trackers import reporting, require_trackers
+from nexus_cli.pipeline.training.trackers import Reporter, open_trackers, require_trackers
 from nexus_cli.pipeline.world import open_world
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def _run(
         make_deterministic()
     world = open_world(config.runtime.device)
     teacher_device = _teacher_device(config, world)
-    require_trackers(config.runtime.report_to)
+    require_trackers(config.runtime.report_to, world)
     request = prepare(config, workspace, world.size)
     if dry_run:
         directory = config.output or workspace.stage_dir(request.command)
@@ -113,14 +114,38 @@ def _train(
     force: bool,
 ) -> None:
     """Everything between an open stage and its record."""
+    with ExitStack() as log_file:  # to the end: it is told the result too
+        progress, keeper = _all_steps(
+            request, workspace, world, teacher_device, out.directory, log_file, force=force
+        )
+        wants_best = request.config.evaluation.patience is not None
+        _commit(out, progress, keeper.best if keeper and wants_best else None, world)
+        if world.is_main:
+            replay = keeper.replay if keeper is not None else []
+            for sentence in diagnose(read_metrics(out.directory), replay):
+                log.info("%s", sentence)
+
+
+def _all_steps(
+    request: Request,
+    workspace: Workspace,
+    world: World,
+    teacher_device: torch.device,
+    directory: Path,
+    log_file: ExitStack,
+    *,
+    force: bool,
+) -> tuple[Progress, BestKeeper | None]:
+    """Train to the end; where the run stands then, and who followed its evaluations."""
     with ExitStack() as held:
         stop = held.enter_context(StopRequest())
         batches, digest = training_batches(request, workspace, world)
         mine = identity(request, digest, frozen_dtype(request.config.dtype, world.device))
-        start = _agree_on_start(request, out.directory, mine, world, force=force)
+        start = _agree_on_start(request, directory, mine, world, force=force)
         if world.is_main:
-            held.callback(_close, _open_log(out.directory, is_new=start is None))
+            log_file.callback(_close, _open_log(directory, is_new=start is None))
         log.info("%s", plan.steps_sentence(request))
+        trackers = held.enter_context(_trackers(request, directory, start, world))
         with memory_of_run(request, world.device, teacher_device):
             models = assemble.load_models(request, world, teacher_device)
         anchor = assemble.make_anchor(request, models)
@@ -128,17 +153,9 @@ def _train(
         held_out = held_out_text(request, workspace, world)
         recorder: Recorder | None = None
         if world.is_main:
-            path = out.directory / FILENAME
-            writer = held.enter_context(MetricsWriter(path, progress.step if start else None))
-            recorder = held.enter_context(
-                reporting(
-                    writer,
-                    request.config.runtime.report_to,
-                    out.directory,
-                    request.config.model_dump(mode="json"),
-                    progress.step,
-                )
-            )
+            kept = progress.step if start else None
+            writer = held.enter_context(MetricsWriter(directory / FILENAME, kept))
+            recorder = Reporter(writer, trackers)
             recorder.write(_start_record(request, progress, mine, world))
         parts = Parts(
             module=wrap_for_ranks(models.step, world),
@@ -148,24 +165,33 @@ def _train(
             feed=held.enter_context(assemble.make_feed(batches, models, world)),
             world=world,
             recorder=recorder,
-            save=assemble.make_save(request, out.directory, models, anchor, mine, world),
+            save=assemble.make_save(request, directory, models, anchor, mine, world),
             evaluate=assemble.make_evaluate(models, held_out, world),
             stop=stop,
             anchor=anchor,
-            keeper=assemble.make_keeper(request, out.directory, held_out, world, progress),
-            losses=world.from_main(lambda: _losses(out.directory, progress.step)),
+            keeper=assemble.make_keeper(request, directory, held_out, world, progress),
+            losses=world.from_main(lambda: _losses(directory, progress.step)),
             show=held.enter_context(console.live_line()),
         )
-        replay = parts.keeper.replay if parts.keeper is not None else []
         settings = assemble.loop_settings(request, evaluates=held_out is not None)
         with memory_of_run(request, world.device, teacher_device, step=lambda: progress.step + 1):
-            received = _take_steps(Loop(parts, settings, progress), out.directory)
+            received = _take_steps(Loop(parts, settings, progress), directory)
     if received:
-        raise _interrupted(received, progress, request, out.directory)
-    _commit(out, request, progress, world)
-    if world.is_main:
-        for sentence in diagnose(read_metrics(out.directory), replay):
-            log.info("%s", sentence)
+        raise _interrupted(received, progress, request, directory)
+    return progress, parts.keeper
+
+
+def _trackers(
+    request: Request, directory: Path, start: Checkpoint | None, world: World
+) -> AbstractContextManager[list[GeneralTracker]]:
+    """What ``--report-to`` names; before the models, which take minutes to load."""
+    return open_trackers(
+        request.config.runtime.report_to,
+        directory,
+        request.config.model_dump(mode="json"),
+        0 if start is None else start.step,
+        world,
+    )
 
 
 def _losses(directory: Path, step: int) -> list[float]:
@@ -263,15 +289,9 @@ def _interrupted(
     return error
 
 
-def _commit(out: StageOutput, request: Request, progress: Progress, world: World) -> None:
-    """Name the run's outputs; later stages read the last checkpoint.
-
-    Whoever asked for an early end wants the best instead.
-    """
-    best = read_best(out.directory) if request.config.evaluation.patience else None
-    step = progress.step
-    if best is not None and (out.directory / f"checkpoint-{best.step}").is_dir():
-        step = best.step
+def _commit(out: StageOutput, progress: Progress, best: Best | None, world: World) -> None:
+    """Name the run's outputs; later stages read the checkpoint that is named here."""
+    step, note = _result(out.directory, progress, best, world)
     out.main = out.directory / f"checkpoint-{step}"
     if world.is_main:
         out.add(out.directory / FILENAME, format="nexus.metrics/1")
@@ -280,8 +300,34 @@ def _commit(out: StageOutput, request: Request, progress: Progress, world: World
         format = adapter_dir.FORMAT if is_adapter else "nexus.model/1"
         for name in ADAPTER_FILES if is_adapter else MODEL_FILES:
             out.add(out.main / name, format=format)
-    which = "" if step == progress.step else f", the best of {progress.step}"
-    console.result(f"{out.main}: trained for {step} steps{which}")
+    console.result(f"{out.main}: trained for {step} steps{note}")
+
+
+def _result(
+    directory: Path, progress: Progress, best: Best | None, world: World
+) -> tuple[int, str]:
+    """The step of the checkpoint that a run results in, and what there is to say of it.
+
+    It is the last one, or the best for whoever asked for an early end.
+
+    Args:
+        directory: the run's folder.
+        progress: at the end.
+        best: the best evaluation, if its checkpoint is to be the result.
+        world: the main rank warns where that checkpoint is not there.
+    """
+    if best is None or best.step == progress.step:
+        return progress.step, ""
+    path = directory / f"checkpoint-{best.step}"
+    if path.is_dir():
+        return best.step, f", the best of {progress.step}"
+    if best.step:
+        why = f"the best on held-out text, {path}, is missing"
+    else:
+        why = "no evaluation was better than the start"
+    if world.is_main:
+        log.warning("%s: the result is the last checkpoint, at step %d", why, progress.step)
+    return progress.step, f", the last; {why}"
 
 
 def _open_log(directory: Path, *, is_new: bool) -> logging.Handler:

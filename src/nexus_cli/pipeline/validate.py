@@ -24,7 +24,7 @@ from nexus_cli.errors import ArtifactError, CheckFailed, ConfigError
 from nexus_cli.io import console
 from nexus_cli.io.report import FILENAME, FORMAT, read_report, to_json, write_report
 from nexus_cli.io.workspace import Workspace
-from nexus_cli.pipeline import chat, validate_plan, validate_report
+from nexus_cli.pipeline import chat, validate_plan, validate_report, validate_store
 from nexus_cli.pipeline.out_of_memory import memory_on
 from nexus_cli.pipeline.stage import stage
 from nexus_cli.pipeline.text import load_tokenized
@@ -71,6 +71,11 @@ def run(
     """
     console.configure()
     mode = mode or Mode()
+    if config.store is not None:
+        if mode.chat:
+            raise ConfigError("a teacher store does not talk", hint="give --chat without it")
+        validate_store.run(config, workspace, as_json=mode.json, dry_run=dry_run)
+        return
     choice = choose(config, workspace)
     if dry_run:
         validate_plan.describe(config, workspace, choice, mode.check)

@@ -1,13 +1,20 @@
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nexus_cli.core.distill.head import head_loss
 from nexus_cli.core.distill.teacher import DenseSignal
-from nexus_cli.core.distill.topk import top_k
+from nexus_cli.core.distill.topk import nucleus, tail_samples, top_k
 from nexus_cli.core.kernels.head_loss import Kept, head_loss_chunk, head_loss_chunk_torch
-from nexus_cli.core.kernels.head_top_k import top_k_of_logits, top_k_of_logits_torch
+from nexus_cli.core.kernels.head_top_k import (
+    TAIL_TEMPERATURES,
+    top_k_of_logits,
+    top_k_of_logits_torch,
+)
 
-# Shape letters: C positions, V vocabulary, K kept entries.
+# Shape letters: C positions, V vocabulary, K kept entries, T temperatures of the tails.
 
 pytestmark = [
     pytest.mark.gpu,
@@ -111,9 +118,10 @@ def test_the_top_k_is_that_of_a_sort(shape, k, kind):
     if kind == "negative":
         logits_CV = -logits_CV.abs() - 3
     labels_C = torch.randint(shape[1], shape[:1], device="cuda")
-    ids_CK, logprobs_CK, tail_C, nll_C = top_k_of_logits(logits_CV, labels_C, k)
+    kept = top_k_of_logits(logits_CV, labels_C, k)
     again = top_k_of_logits(logits_CV, labels_C, k)
-    kept = (ids_CK, logprobs_CK, tail_C, nll_C)
+    ids_CK = kept[0]
+    assert kept[2].shape == (shape[0], len(TAIL_TEMPERATURES))
     assert all(map(torch.equal, kept, again))
     best_CV, order_CV = torch.sort(logits_CV, dim=-1, descending=True, stable=True)
     assert torch.equal(logits_CV.gather(1, ids_CK), best_CV[:, :k])
@@ -128,9 +136,10 @@ def test_a_tail_too_small_for_float32_is_still_there():
     logits_CV = torch.zeros(2, 3000, device="cuda")
     logits_CV[:, 2000] = 300
     labels_C = torch.zeros(2, dtype=torch.long, device="cuda")
-    _, _, tail_C, nll_C = top_k_of_logits(logits_CV, labels_C, 1)
-    expected = torch.tensor(2999.0).log().item() - 300
-    assert tail_C.tolist() == pytest.approx([expected] * 2, rel=1e-6)
+    _, _, tails_CT, nll_C = top_k_of_logits(logits_CV, labels_C, 1)
+    expected = [math.log(2999) - 300 / temperature for temperature in TAIL_TEMPERATURES]
+    for tails_T in tails_CT.tolist():
+        assert tails_T == pytest.approx(expected, rel=1e-6)
     assert nll_C.tolist() == [300.0, 300.0]
 
 
@@ -142,5 +151,56 @@ def test_hidden_states_give_the_top_k_of_their_logits():
     ours = top_k(hidden_NH, head_VH, labels_N, 32, chunk_size=16)
     exact = top_k(hidden_NH.double(), head_VH.double(), labels_N, 32)
     torch.testing.assert_close(ours.logprobs_NK, exact.logprobs_NK, rtol=0, atol=1e-4)
-    torch.testing.assert_close(ours.tail_logprob_N, exact.tail_logprob_N, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours.tails_NT, exact.tails_NT, rtol=0, atol=1e-4)
     torch.testing.assert_close(ours.nll_N, exact.nll_N, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_the_nucleus_and_the_samples_do_not_wait_and_agree_with_a_cpu():
+    torch.manual_seed(0)
+    hidden_NH = torch.randn(300, 64, device="cuda").bfloat16()
+    head_VH = (torch.randn(9001, 64, device="cuda") / 4).bfloat16()
+    labels_N = torch.zeros(300, dtype=torch.long, device="cuda")
+    whole = top_k(hidden_NH, head_VH, labels_N, 32, chunk_size=128)
+    drawn = []
+    for _ in range(2):
+        generator = torch.Generator("cuda").manual_seed(3)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            kept = top_k(
+                hidden_NH, head_VH, labels_N, 32, chunk_size=128, top_p=0.6, min_k=2,
+                num_tail_samples=16, generator=generator,
+            )  # fmt: skip
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        drawn.append(kept.tail_samples_Nm)
+    assert torch.equal(*drawn)
+    on_cpu = nucleus(
+        replace(whole, logprobs_NK=whole.logprobs_NK.cpu(), tails_NT=whole.tails_NT.cpu()), 0.6, 2
+    )
+    used_NK = kept.logprobs_NK > -torch.inf
+    assert 2 <= used_NK.sum(-1).min() < used_NK.sum(-1).max()
+    assert torch.equal(used_NK.cpu(), on_cpu.logprobs_NK > -torch.inf)
+    torch.testing.assert_close(kept.tails_NT.cpu(), on_cpu.tails_NT, rtol=0, atol=1e-5)
+    total_N = kept.logprobs_NK.exp().sum(-1) + kept.tails_NT[:, 0].exp()
+    torch.testing.assert_close(total_N, torch.ones_like(total_N), rtol=0, atol=3e-6)
+    named_NmK = kept.tail_samples_Nm[..., None] == kept.ids_NK[:, None]
+    assert not (named_NmK & used_NK[:, None]).any()
+
+
+def test_samples_follow_the_tail():
+    torch.manual_seed(0)
+    logits_V = torch.randn(2000, device="cuda")
+    ids_K = logits_V.topk(5).indices
+    p_V = torch.softmax(logits_V.double().index_fill(0, ids_K, -torch.inf), 0)
+    generator = torch.Generator("cuda").manual_seed(0)
+    rows, draws = 500, 400
+    drawn_Cm = tail_samples(logits_V.repeat(rows, 1), ids_K.expand(rows, -1), draws, generator)
+    counts_V = torch.bincount(drawn_Cm.flatten(), minlength=len(p_V))
+    assert counts_V[ids_K].sum() == 0
+    held_V = p_V > 0
+    expected_X = p_V[held_V] * rows * draws
+    statistic = ((counts_V[held_V] - expected_X) ** 2 / expected_X).sum().item()
+    freedom = int(held_V.sum()) - 1
+    assert abs(statistic - freedom) < 4 * math.sqrt(2 * freedom)

@@ -71,7 +71,7 @@ def make_config(tiny_converted_dir, text_data):
 
 @pytest.fixture(scope="session")
 def teacher_store(tiny_model_dir, text_data, tmp_path_factory):
-    """Twenty stored steps of two sequences, kept in float32."""
+    """Twenty stored steps of two sequences, 64 tokens a position, kept in float32."""
     root = tmp_path_factory.mktemp("store")
     config = PrecomputeConfig(
         model=str(tiny_model_dir),
@@ -79,7 +79,8 @@ def teacher_store(tiny_model_dir, text_data, tmp_path_factory):
         num_steps=20,
         batch_size=2,
         top_k=64,
-        precision="float32",
+        top_p=1.0,
+        values="float32",
         runtime={"device": "cpu"},
         output=root / "teacher",
     )

@@ -1,14 +1,17 @@
 """Evaluation in the loop: the best checkpoint stays, and a run that gets no better ends."""
 
 import json
+import shutil
 
 import pytest
 
 from nexus_cli.core.train.best import Best, BestKeeper, read_best
 from nexus_cli.errors import ConfigError, WorkspaceError
 from nexus_cli.io.metrics import read_metrics
+from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline import train
-from nexus_cli.pipeline.training import assemble
+from nexus_cli.pipeline.training import assemble, plan
+from nexus_cli.pipeline.training.request import online_request
 
 
 @pytest.fixture
@@ -155,3 +158,98 @@ def test_a_folder_with_checkpoints_of_another_run_is_not_gone_on_into(run):
         WorkspaceError, match="holds checkpoints of another run, the last at step 2"
     ):
         run("other", **changes)
+
+
+def test_with_patience_the_result_says_that_nothing_was_better_than_the_start(
+    run, objectives, tmp_path, capsys
+):
+    objectives([1.0, 2.0, 3.0])
+    out = run(evaluation={**EVERY_TWO, "patience": 2})
+    why = "no evaluation was better than the start"
+    shown = capsys.readouterr().out
+    assert f"checkpoint-4: trained for 4 steps, the last; {why}" in shown
+    log = (out / "training.log").read_text()
+    assert f"WARNING {why}: the result is the last checkpoint, at step 4" in log
+    record = json.loads((tmp_path / "run.manifest.json").read_text())
+    assert record["main"].endswith("checkpoint-4")
+
+
+def test_a_best_checkpoint_that_somebody_deleted_is_missed_by_name(
+    run, objectives, monkeypatch, tmp_path, capsys
+):
+    objectives([5.0, 4.0, 4.1, 4.2])
+    honest = train._commit
+
+    def commit(out, *rest):
+        shutil.rmtree(out.directory / "checkpoint-2")
+        honest(out, *rest)
+
+    monkeypatch.setattr(train, "_commit", commit)
+    out = run(evaluation={**EVERY_TWO, "patience": 2})
+    why = f"the best on held-out text, {out / 'checkpoint-2'}, is missing"
+    assert f"trained for 6 steps, the last; {why}" in capsys.readouterr().out
+    log = (out / "training.log").read_text()
+    assert f"WARNING {why}: the result is the last checkpoint, at step 6" in log
+    record = json.loads((tmp_path / "run.manifest.json").read_text())
+    assert record["main"].endswith("checkpoint-6")
+
+
+def test_the_log_file_holds_the_diagnosis(run):
+    assert "a step's time: " in (run() / "training.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def router_alone(text_data):
+    """The mixture, with no weight but the router's."""
+    loss = {"ce": 0.0, "kd": 0.0, "router": 1.0}
+    return {**text_data, "sources": [s | {"loss": loss} for s in text_data["sources"]]}
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_patience_with_nothing_to_judge_by_is_refused_before_anything_is_loaded(
+    run, router_alone, offline
+):
+    with pytest.raises(ConfigError, match="no held-out source has a ce or kd weight") as caught:
+        run(
+            student="/nowhere", offline=offline, data=router_alone,
+            evaluation={**EVERY_TWO, "patience": 2},
+        )  # fmt: skip
+    assert "leave evaluation.patience out" in caught.value.hint
+
+
+def test_patience_may_go_by_text_with_weights_of_its_own(
+    make_config, text_data, router_alone, tmp_path
+):
+    judged = {**EVERY_TWO, "patience": 2, "data": text_data}
+    config = make_config(data=router_alone, evaluation=judged)
+    assert online_request(config, Workspace(tmp_path), 1).keeps_best
+
+
+def test_a_source_that_trains_on_everything_is_not_judged_by(run, router_alone):
+    learned, other = router_alone["sources"]
+    learned = learned | {"split": "all", "loss": {"ce": 1.0, "kd": 0.0}}
+    with pytest.raises(ConfigError, match="no held-out source has a ce or kd weight"):
+        run(
+            data=router_alone | {"sources": [learned, other]},
+            evaluation={**EVERY_TWO, "patience": 2},
+        )
+
+
+def test_an_objective_of_zero_throughout_has_no_best(run, router_alone):
+    out = run(data=router_alone, train_router=True, evaluation=EVERY_TWO)
+    evaluations = [record for record in read_metrics(out) if "eval" in record]
+    assert len(evaluations) == 6
+    assert all(record["held_out_objective"] is None for record in evaluations)
+    assert read_best(out) is None
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-10"}
+    assert read_metrics(out)[-1]["best_step"] is None
+
+
+def test_no_disk_is_planned_for_a_best_that_is_not_kept(make_config, router_alone, tmp_path):
+    planned = [
+        plan.checkpoint_bytes(
+            online_request(make_config(evaluation=EVERY_TWO, **data), Workspace(tmp_path), 1), [100]
+        )
+        for data in ({}, {"data": router_alone})
+    ]
+    assert planned[0] - planned[1] == 2 * 100

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from nexus_cli.config.shared import LossWeights
 from nexus_cli.errors import ConfigError
 from nexus_cli.io.metrics import read_metrics
+from nexus_cli.pipeline.plotting.panels import LOSSES, OPTIMISER
 
 OTHERS = [{"divergence": "reverse"}, {"divergence": "jsd", "jsd_beta": 0.3}]
 LIVELY = {"learning_rate": 1.0, "gate_learning_rate": 2.0}
@@ -54,3 +56,12 @@ def test_a_beta_belongs_to_the_jsd(make_config, divergence):
 def test_a_beta_lies_between_teacher_and_student(make_config, beta):
     with pytest.raises(ValueError, match="jsd_beta"):
         make_config(loss={"divergence": "jsd", "jsd_beta": beta})
+
+
+def test_settings_and_plots_do_not_call_kd_a_kl_whatever_it_is():
+    described = str(LossWeights.model_fields["kd"].description)
+    assert described.startswith("Divergence from the teacher")
+    assert "train.loss.divergence" in described
+    titles = {panel.keys: panel.title for figure in (LOSSES, OPTIMISER) for panel in figure.panels}
+    for key in ("kd", "kd_weight", "temperature"):
+        assert "KL" not in titles[(key,)]

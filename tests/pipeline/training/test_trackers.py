@@ -7,6 +7,9 @@ import pytest
 
 from nexus_cli.errors import ConfigError
 from nexus_cli.io.metrics import read_metrics
+from nexus_cli.io.workspace import Workspace
+from nexus_cli.pipeline import train
+from nexus_cli.pipeline.training import assemble
 from nexus_cli.pipeline.training.trackers import flat_numbers, flat_settings
 
 pytest.importorskip("tensorboard")
@@ -43,8 +46,72 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_is_loaded(run, 
         run(student="/nowhere", runtime={"report_to": "wandb"})
 
 
-def test_wandb_is_started_told_and_finished(run, monkeypatch):
-    """The client itself needs an account; accelerate's side of it is the real one."""
+class UsageError(Exception):
+    """As wandb's own."""
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A client in place of the real one, which needs an account; offline, so nothing is asked."""
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = types.SimpleNamespace(name="wandb")
+    fake.login, fake.config = lambda: False, types.SimpleNamespace(update=dict)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def refuse(**_):
+    raise UsageError("api_key not configured (no-tty).\n  call wandb.login(key=[your_api_key])")
+
+
+REFUSED = (
+    r"--report-to wandb: api_key not configured \(no-tty\)\. "
+    r"call wandb\.login\(key=\[your_api_key\]\)"
+)
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_wandb_without_a_login_is_said_in_one_line_before_anything_is_loaded(
+    make_config, wandb, tmp_path, dry_run
+):
+    wandb.login = refuse
+    config = make_config(
+        student="/nowhere", runtime={"report_to": "wandb"}, output=tmp_path / "run"
+    )
+    with pytest.raises(ConfigError, match=REFUSED) as caught:
+        train.run_online(config, Workspace(tmp_path), dry_run=dry_run)
+    assert "run: wandb login" in caught.value.hint
+    assert "WANDB_MODE=offline" in caught.value.hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tracker_that_does_not_start_is_said_before_the_models_are_loaded(
+    run, wandb, monkeypatch
+):
+    def load(*_):
+        raise AssertionError("loaded")
+
+    wandb.init = refuse
+    monkeypatch.setattr(assemble, "load_models", load)
+    with pytest.raises(ConfigError, match=REFUSED):
+        run(runtime={"report_to": "wandb"})
+
+
+def test_trackers_are_closed_where_a_later_one_does_not_start(run, wandb, monkeypatch):
+    from accelerate.tracking import TensorBoardTracker
+
+    closed, honest = [], TensorBoardTracker.finish
+    wandb.init = refuse
+    monkeypatch.setattr(
+        TensorBoardTracker, "finish", lambda tracker: (closed.append(1), honest(tracker))
+    )
+    with pytest.raises(ConfigError, match=REFUSED):
+        run(runtime={"report_to": "tensorboard,wandb"})
+    assert closed == [1]
+
+
+def test_wandb_is_started_told_and_finished(run, wandb):
+    """Accelerate's side of it is the real one."""
     seen = {"logged": {}, "finished": 0}
 
     def finish():
@@ -55,10 +122,7 @@ def test_wandb_is_started_told_and_finished(run, monkeypatch):
         log = lambda values, step: seen["logged"].update({step: values})  # noqa: E731
         return types.SimpleNamespace(log=log, finish=finish)
 
-    fake = types.ModuleType("wandb")
-    fake.__spec__ = types.SimpleNamespace(name="wandb")
-    fake.init, fake.config = init, types.SimpleNamespace(update=dict)
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    wandb.init = init
     out = run(runtime={"report_to": "wandb"})
     assert seen["init"] == {"project": "nexus", "name": "run", "dir": str(out)}
     losses = {record["step"]: record["loss"] for record in read_metrics(out) if "loss" in record}

@@ -40,6 +40,12 @@ def test_a_finished_stage_is_not_run_again(workspace):
     assert not work(workspace)
 
 
+def test_what_the_user_removed_does_not_stand_in_the_way_of_other_settings(workspace):
+    work(workspace)
+    (workspace.stage_dir("toy") / "out.txt").unlink()
+    assert work(workspace, Toy(size=2))
+
+
 def test_force_runs_it_again(workspace):
     work(workspace)
     assert work(workspace, force=True)

@@ -30,6 +30,7 @@ def precompute(
     batch_size: Annotated[int | None, flag(PrecomputeConfig, "batch_size", "--batch-size")] = None,
     seq_len: Annotated[int | None, flag(PrecomputeConfig, "data.seq_len", "--seq-len")] = None,
     top_k: Annotated[int | None, flag(PrecomputeConfig, "top_k", "--top-k")] = None,
+    top_p: Annotated[float | None, flag(PrecomputeConfig, "top_p", "--top-p")] = None,
     compression: Annotated[
         str | None, flag(PrecomputeConfig, "compression", "--compression")
     ] = None,
@@ -53,6 +54,7 @@ def precompute(
         num_steps=num_steps,
         batch_size=batch_size,
         top_k=top_k,
+        top_p=top_p,
         compression=compression,
         data={"sources": data, "data_dir": data_dir, "seq_len": seq_len},
         runtime={"device": device, "experts_backend": experts_backend},

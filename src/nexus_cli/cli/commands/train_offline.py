@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from nexus_cli.cli import training_options as options
@@ -23,7 +22,7 @@ T = TrainConfig
 
 def train_offline(
     precomputed_teacher: Annotated[
-        Path | None, flag(T, "teacher.store", "--precomputed-teacher")
+        str | None, flag(T, "teacher.store", "--precomputed-teacher")
     ] = None,
     student_model: options.StudentModel = None,
     base: options.Base = None,

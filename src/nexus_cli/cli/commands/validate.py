@@ -25,6 +25,9 @@ def validate(
     model: Annotated[str | None, flag(ValidateConfig, "checkpoint", "--model")] = None,
     base: Annotated[str | None, flag(ValidateConfig, "base", "--base")] = None,
     baseline: Annotated[str | None, flag(ValidateConfig, "baseline", "--baseline")] = None,
+    precomputed_teacher: Annotated[
+        str | None, flag(ValidateConfig, "store", "--precomputed-teacher")
+    ] = None,
     compute_perplexity: Annotated[
         bool, typer.Option("--compute-perplexity", help="Score text (done unless --chat is alone).")
     ] = False,
@@ -62,6 +65,7 @@ def validate(
         checkpoint=model,
         base=base,
         baseline=baseline,
+        store=precomputed_teacher,
         compute_perplexity=compute_perplexity or None,
         domain={"sources": data, "data_dir": folder},
         general={"sources": general_data, "data_dir": folder},

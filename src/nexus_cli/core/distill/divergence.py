@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from nexus_cli.core.distill.projection import project
-from nexus_cli.core.distill.teacher import DenseSignal, TeacherSignal, TopKSignal
+from nexus_cli.core.distill.teacher import DenseSignal
+from nexus_cli.core.kernels.head_loss import Kept
 
 # Shape letters in this file: C positions of one chunk, V vocabulary, K teacher entries kept for
-# each position; signals here hold the chunk's positions only.
+# each position.
 
 DivergenceKind = Literal["forward", "reverse", "jsd"]
+TeacherView = DenseSignal | Kept  # of the chunk's positions; Kept at the temperature of the loss
 
 # exp(80) is finite in float32, and a ratio beyond it leaves no trace in the mixture's logarithm.
 _LARGEST_GAP = 80.0
@@ -39,7 +41,7 @@ class Divergence:
 
 def vocabulary_divergence(
     logq_CV: Tensor,
-    signal: TeacherSignal,
+    teacher: TeacherView,
     head_VH: Tensor,
     *,
     temperature: float,
@@ -57,7 +59,7 @@ def vocabulary_divergence(
     Args:
         logq_CV: the student's log-probabilities at this temperature ``[C, V]``, float32 or
             float64. Overwritten: it holds the probabilities afterwards.
-        signal: the teacher at the same positions; a top-K one at this same temperature.
+        teacher: at the same positions; a top-K one at this same temperature.
         head_VH: the frozen head ``[V, H]``, for a dense teacher.
         temperature: divides the logits of a dense teacher.
         metrics: fill in ``entropy_C`` and ``agreement_C``.
@@ -68,10 +70,10 @@ def vocabulary_divergence(
         ValueError: a top-K teacher is asked for another divergence than ``forward``.
     """
     top1_C = logq_CV.argmax(-1) if metrics else None
-    if isinstance(signal, TopKSignal):
+    if isinstance(teacher, Kept):
         require_dense(kind)
-        return _topk_divergence(logq_CV, signal, top1_C)
-    logp_CV = _teacher_logprobs(signal, head_VH, temperature)
+        return _topk_divergence(logq_CV, teacher, top1_C)
+    logp_CV = _teacher_logprobs(teacher, head_VH, temperature)
     return _dense_divergence(logq_CV, logp_CV, top1_C, kind, jsd_beta)
 
 
@@ -153,22 +155,20 @@ def _weighted(weight_CV: Tensor, value_CV: Tensor) -> Tensor:
     return torch.einsum("cv,cv->c", weight_CV, value_CV)
 
 
-def _topk_divergence(
-    logq_CV: Tensor, signal: TopKSignal, student_top1_C: Tensor | None
-) -> Divergence:
+def _topk_divergence(logq_CV: Tensor, kept: Kept, student_top1_C: Tensor | None) -> Divergence:
     """KL over the K entries and one bucket for the rest.
 
     With S the stored ids and P, Q the tail masses of teacher and student:
     ``KL = sum_S p (ln p - ln q) + P (ln P - ln Q)``, and its gradient is ``q - p`` on S and
     ``q (1 - P / Q)`` elsewhere. Q is summed over the tail itself: ``1 - sum_S q`` would cancel.
     """
-    ids_CK, logp_CK, used_CK = _fill_unused(signal, logq_CV.dtype)
+    ids_CK, logp_CK, used_CK = _fill_unused(kept, logq_CV.dtype)
     p_CK = logp_CK.exp()
     logq_CK = logq_CV.gather(1, ids_CK)
     q_CV = logq_CV.exp_()
     gradient_CV = q_CV.scatter(1, ids_CK, 0.0)
     student_tail_C = gradient_CV.sum(-1).clamp_min(torch.finfo(q_CV.dtype).tiny)
-    teacher_logtail_C = signal.tail_logprob_N.to(q_CV.dtype)
+    teacher_logtail_C = kept.tail_C.to(q_CV.dtype)
     teacher_tail_C = teacher_logtail_C.exp()
 
     kept_C = torch.where(used_CK, p_CK * (logp_CK - logq_CK), 0.0).sum(-1)
@@ -185,14 +185,14 @@ def _topk_divergence(
     return Divergence(value_C, gradient_CV, entropy_C, teacher_top1_C == student_top1_C)
 
 
-def _fill_unused(signal: TopKSignal, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _fill_unused(kept: Kept, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, log-probabilities and the used entries, with unused ones made copies of a used one.
 
     Writing an entry twice with the same value changes nothing, so the scatters above need no
     mask and stay deterministic. Every row has at least one used entry.
     """
-    used_CK = signal.logprobs_NK > -torch.inf
+    used_CK = kept.logprobs_CK > -torch.inf
     first_C1 = used_CK.to(torch.int8).argmax(-1, keepdim=True)
-    ids_CK = torch.where(used_CK, signal.ids_NK, signal.ids_NK.gather(1, first_C1))
-    logp_CK = torch.where(used_CK, signal.logprobs_NK, signal.logprobs_NK.gather(1, first_C1))
+    ids_CK = torch.where(used_CK, kept.ids_CK, kept.ids_CK.gather(1, first_C1))
+    logp_CK = torch.where(used_CK, kept.logprobs_CK, kept.logprobs_CK.gather(1, first_C1))
     return ids_CK, logp_CK.to(dtype), used_CK

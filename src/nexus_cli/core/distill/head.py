@@ -11,12 +11,14 @@ from torch.autograd.function import once_differentiable
 
 from nexus_cli.core.distill.divergence import (
     DivergenceKind,
+    TeacherView,
     require_dense,
     vocabulary_divergence,
 )
 from nexus_cli.core.distill.kernel_chunks import KernelChunks, backproject, takes_kernels
 from nexus_cli.core.distill.projection import project
 from nexus_cli.core.distill.teacher import DenseSignal, TeacherSignal, TopKSignal
+from nexus_cli.core.kernels.head_loss import Kept
 
 # Shape letters in this file: N positions, C active positions of one chunk, H hidden size,
 # V vocabulary, K teacher entries kept for each position.
@@ -94,24 +96,25 @@ def head_loss(
         jsd_beta: beta of ``jsd``, in (0, 1).
 
     Raises:
-        ValueError: if the lengths differ, a KL weight has no teacher, a top-K teacher was taken
-            at another temperature or is asked for another divergence, or ``jsd_beta`` is not
-            between 0 and 1.
+        ValueError: if the lengths differ, a KL weight has no teacher, the tail of a top-K teacher
+            is not known at this temperature or it is asked for another divergence, or
+            ``jsd_beta`` is not between 0 and 1.
     """
-    _check(hidden_NH, (labels_N, ce_weight_N, kd_weight_N), teacher, temperature, divergence)
+    _check(hidden_NH, (labels_N, ce_weight_N, kd_weight_N), teacher, divergence)
     if not 0 < jsd_beta < 1:
         raise ValueError(f"beta of the JSD must lie between 0 and 1, not {jsd_beta:g}")
     settings = _Settings(
         temperature, chunk_size, metrics and teacher is not None, divergence, jsd_beta
     )
     with torch.no_grad():
+        view = _view(teacher, temperature)
         kd_active_N = kd_weight_N != 0
         ce_only_N = (ce_weight_N != 0) & ~kd_active_N
         groups = (ce_only_N.nonzero()[:, 0], kd_active_N.nonzero()[:, 0])
     if teacher is None and len(groups[1]):
         raise ValueError("a KL weight is not zero, but there is no teacher")
     total, *parts = _HeadLossFunction.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, head_VH, labels_N, ce_weight_N, kd_weight_N, teacher, groups, settings
+        hidden_NH, head_VH, labels_N, ce_weight_N, kd_weight_N, view, groups, settings
     )
     loss = HeadLoss(total, *parts)
     return loss if settings.metrics else replace(loss, entropy_N=None, agreement_N=None)
@@ -137,7 +140,7 @@ class _HeadLossFunction(torch.autograd.Function):
         labels_N: Tensor,
         ce_weight_N: Tensor,
         kd_weight_N: Tensor,
-        teacher: TeacherSignal | None,
+        teacher: TeacherView | None,
         groups: tuple[Tensor, Tensor],
         settings: _Settings,
     ) -> tuple[Tensor, ...]:
@@ -150,7 +153,7 @@ class _HeadLossFunction(torch.autograd.Function):
         if takes_kernels(head_VH) and settings.divergence == "forward":  # all that they know
             work = KernelChunks(longest, head_VH, settings.temperature, settings.metrics)
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for rows_M, signal in zip(groups, (None, teacher), strict=True):
+            for rows_M, view in zip(groups, (None, teacher), strict=True):
                 for start in range(0, len(rows_M), settings.chunk_size):
                     rows_C = rows_M[start : start + settings.chunk_size]
                     given = (
@@ -158,7 +161,7 @@ class _HeadLossFunction(torch.autograd.Function):
                         head_VH,
                         labels_N[rows_C],
                         (weights[0][rows_C], weights[1][rows_C]),
-                        None if signal is None else _rows(signal, rows_C),
+                        None if view is None else _rows(view, rows_C),
                     )
                     if work is None:
                         dlogits_CV, parts_4N[:, rows_C] = _chunk(*given, settings)
@@ -188,7 +191,7 @@ def _chunk(
     head_VH: Tensor,
     labels_C: Tensor,
     weights: tuple[Tensor, Tensor],
-    signal: TeacherSignal | None,
+    teacher: TeacherView | None,
     settings: _Settings,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the logits ``[C, V]`` and (CE, T^2 D, entropy, agreement) ``[4, C]``.
@@ -201,7 +204,7 @@ def _chunk(
     logq_CV = torch.log_softmax(logits_CV, dim=-1)
     parts_4C = logq_CV.new_zeros(4, len(labels_C))
     parts_4C[0] = -logq_CV.gather(1, label_C1)[:, 0]
-    if signal is None:
+    if teacher is None:
         dlogits_CV = logq_CV.exp_().mul_(ce_weight_C1)
         return _subtract_at(dlogits_CV, label_C1, ce_weight_C1), parts_4C
 
@@ -214,7 +217,7 @@ def _chunk(
     del logits_CV
     divergence = vocabulary_divergence(
         softened_CV,
-        signal,
+        teacher,
         head_VH,
         temperature=temperature,
         metrics=settings.metrics,
@@ -237,22 +240,24 @@ def _subtract_at(values_CV: Tensor, index_C1: Tensor, amount_C1: Tensor) -> Tens
     return values_CV.scatter_(1, index_C1, values_CV.gather(1, index_C1) - amount_C1)
 
 
-def _rows(signal: TeacherSignal, rows_C: Tensor) -> TeacherSignal:
-    if isinstance(signal, DenseSignal):
-        return DenseSignal(signal.hidden_NH[rows_C])
-    return TopKSignal(
-        signal.ids_NK[rows_C],
-        signal.logprobs_NK[rows_C],
-        signal.tail_logprob_N[rows_C],
-        signal.temperature,
-    )
+def _view(teacher: TeacherSignal | None, temperature: float) -> TeacherView | None:
+    """A top-K teacher at the temperature of the loss: once, and not chunk by chunk."""
+    if not isinstance(teacher, TopKSignal):
+        return teacher
+    logprobs_NK, tail_N = teacher.at(temperature)
+    return Kept(teacher.ids_NK, logprobs_NK, tail_N)
+
+
+def _rows(view: TeacherView, rows_C: Tensor) -> TeacherView:
+    if isinstance(view, DenseSignal):
+        return DenseSignal(view.hidden_NH[rows_C])
+    return Kept(view.ids_CK[rows_C], view.logprobs_CK[rows_C], view.tail_C[rows_C])
 
 
 def _check(
     hidden_NH: Tensor,
     per_position: tuple[Tensor, ...],
     teacher: TeacherSignal | None,
-    temperature: float,
     divergence: DivergenceKind,
 ) -> None:
     lengths = {len(hidden_NH), *map(len, per_position)}
@@ -260,11 +265,6 @@ def _check(
         lengths.add(len(teacher.hidden_NH))
     elif isinstance(teacher, TopKSignal):
         require_dense(divergence)
-        lengths |= {len(teacher.ids_NK), len(teacher.logprobs_NK), len(teacher.tail_logprob_N)}
-        if teacher.temperature != temperature:
-            raise ValueError(
-                f"the teacher's top-K was taken at temperature {teacher.temperature:g}, "
-                f"not at {temperature:g}"
-            )
+        lengths |= {len(teacher.ids_NK), len(teacher.logprobs_NK), len(teacher.tails_NT)}
     if len(lengths) > 1:
         raise ValueError(f"the numbers of positions differ: {sorted(lengths)}")

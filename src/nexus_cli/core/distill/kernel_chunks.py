@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nexus_cli.core.distill.divergence import TeacherView
 from nexus_cli.core.distill.projection import project
-from nexus_cli.core.distill.teacher import DenseSignal, TeacherSignal
+from nexus_cli.core.distill.teacher import DenseSignal
 from nexus_cli.core.kernels.head_loss import Kept, head_loss_chunk
 
 # Shape letters in this file: C positions of one chunk, H hidden size, V vocabulary, K teacher
@@ -42,7 +43,7 @@ class KernelChunks:
         head_VH: Tensor,
         labels_C: Tensor,
         weights: tuple[Tensor, Tensor],
-        signal: TeacherSignal | None,
+        view: TeacherView | None,
     ) -> tuple[Tensor, Tensor]:
         """One chunk, as the PyTorch form in ``head.py`` computes it.
 
@@ -51,7 +52,7 @@ class KernelChunks:
             head_VH: the frozen head.
             labels_C: int64.
             weights: of cross entropy and KL, float32 ``[C]`` each.
-            signal: the teacher at these positions, or ``None``.
+            view: the teacher at these positions, or ``None``.
 
         Returns:
             Gradient of the logits ``[C, V]`` in the head's dtype, a buffer; and (CE, T^2 KL,
@@ -60,13 +61,13 @@ class KernelChunks:
         rows = len(labels_C)
         logits_CV = project(hidden_CH, head_VH, self.logits_CV[:rows])
         teacher: Tensor | Kept | None = None
-        if isinstance(signal, DenseSignal):
+        if isinstance(view, DenseSignal):
             if self.teacher_CV is None:
                 self.teacher_CV = torch.empty_like(self.logits_CV)
-            teacher = project(signal.hidden_NH, head_VH, self.teacher_CV[:rows])
-        elif signal is not None:
-            logprobs_CK, tail_C = signal.logprobs_NK.float(), signal.tail_logprob_N.float()
-            teacher = Kept(signal.ids_NK.contiguous(), logprobs_CK.contiguous(), tail_C)
+            teacher = project(view.hidden_NH, head_VH, self.teacher_CV[:rows])
+        elif view is not None:
+            logprobs_CK = view.logprobs_CK.float().contiguous()
+            teacher = Kept(view.ids_CK.contiguous(), logprobs_CK, view.tail_C.float())
         dlogits_CV = self.dlogits_CV[:rows]
         parts_4C = head_loss_chunk(
             logits_CV,

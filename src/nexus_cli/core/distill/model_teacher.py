@@ -38,10 +38,15 @@ class ModelTeacher:
                 "the student was not made from this model"
             )
         self._model = model
-        self._device = model.lm_head.weight.device
+        self._device: torch.device = model.lm_head.weight.device
         self._student_device = student.lm_head.weight.device
         self._router_logits = router_logits
         self._one_at_a_time = Lock()  # layers share a buffer, and a thread may run ahead
+
+    @property
+    def device(self) -> torch.device:
+        """Where the original model runs."""
+        return self._device
 
     @torch.no_grad()
     def signal(self, batch: Batch) -> DenseSignal:

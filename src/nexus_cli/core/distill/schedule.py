@@ -131,8 +131,10 @@ class Schedule:
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """The temperatures a run passes through: its first and its last, if they differ."""
-        return tuple(dict.fromkeys((self.temperature, self._last_temperature)))
+        """Every temperature that a step of the run has, in the order of the steps."""
+        if self._last_temperature == self.temperature:
+            return (self.temperature,)
+        return tuple(dict.fromkeys(map(self._temperature, range(self.total_steps))))
 
     def at(self, step: int) -> ScheduleValues:
         """The values of step number ``step``; past the end, those of the end."""

@@ -1,12 +1,15 @@
-"""The K likeliest entries of a chunk of logits, the mass of the rest, and the label's nll."""
+"""The K likeliest entries of a chunk of logits, the rest in three sums, and the label's nll."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-# Shape letters in this file: C positions of a chunk, V vocabulary, K kept entries.
+# Shape letters in this file: C positions of a chunk, V vocabulary, K kept entries, T temperatures.
 
+# Each twice the one before: an exponential at the last, squared, is the one at the temperature
+# before it. So the tail's sums at all of them cost one exponential a logit.
+TAIL_TEMPERATURES = (1, 2, 4)
 MAX_TOP_K = 64
 MAX_VOCABULARY = 524_288
 
@@ -14,7 +17,7 @@ MAX_VOCABULARY = 524_288
 def top_k_of_logits(
     logits_CV: Tensor, labels_C: Tensor, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Exact top K, log-probabilities over the whole vocabulary, tail and nll.
+    """Exact top K, log-probabilities over the whole vocabulary, tails and nll.
 
     On a GPU the logits are read once. Of equal logits the lower id comes first there; the PyTorch
     form leaves their order open. K over 64 or V over 524,288 goes to the PyTorch form on any
@@ -26,9 +29,11 @@ def top_k_of_logits(
         k: entries kept, 1 to V.
 
     Returns:
-        Ids ``[C, K]`` (int64, likeliest first), their log-probabilities ``[C, K]``, log of the
-        mass of all others ``[C]`` (summed over themselves; ``-inf`` if there are none), and the
-        label's negative log-probability ``[C]``; nats, in the dtype of the logits.
+        Ids ``[C, K]`` (int64, likeliest first), their log-probabilities ``[C, K]``, the tails
+        ``[C, T]``, and the label's negative log-probability ``[C]``; nats, in the dtype of the
+        logits. Column t of the tails is ``log sum p ** (1 / T_t)`` over all others, with p at
+        temperature 1: the first is the log of their mass. They are summed over themselves;
+        ``-inf`` if there are none.
 
     Raises:
         ValueError: if k is out of range, or devices, dtypes or strides do not fit.
@@ -61,5 +66,16 @@ def top_k_of_logits_torch(
     ids_CK = logits_CV.topk(k, dim=-1).indices
     logprobs_CK = logp_CV.gather(1, ids_CK)
     # Summed over the tail itself: 1 - sum of the kept would lose a small tail to cancellation.
-    tail_C = logp_CV.exp_().scatter_(1, ids_CK, 0.0).sum(-1).log()
-    return ids_CK, logprobs_CK, tail_C, nll_C
+    return ids_CK, logprobs_CK, _power_sums(logp_CV.scatter_(1, ids_CK, -torch.inf)), nll_C
+
+
+def _power_sums(logp_CV: Tensor) -> Tensor:
+    """``log sum exp(logp / T)`` at each temperature ``[C, T]``; ``logp_CV`` is overwritten."""
+    # Finite where a row has nothing left: -inf minus itself is not a number.
+    top_C1 = logp_CV.amax(-1, keepdim=True).clamp_min(torch.finfo(logp_CV.dtype).min)
+    power_CV = logp_CV.sub_(top_C1).div_(TAIL_TEMPERATURES[-1]).exp_()
+    sums = [power_CV.sum(-1)]
+    for _ in TAIL_TEMPERATURES[1:]:
+        sums.append(power_CV.square_().sum(-1))
+    tops = [top_C1 / temperature for temperature in TAIL_TEMPERATURES]
+    return torch.stack(sums[::-1], dim=-1).log_() + torch.cat(tops, dim=-1)

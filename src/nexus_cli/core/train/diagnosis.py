@@ -73,7 +73,7 @@ def _learned(evaluations: Sequence[Record], replay: Sequence[str]) -> Iterator[s
                 "give that source a larger share or kd weight, or lower --learning-rate"
             )
         else:
-            yield f"kept: on {name} the model is {moved:.4f} nats a token from the original"
+            yield f"kept: on {name} the model is {moved:z.4f} nats a token from the original"
 
 
 def _best(evaluations: Sequence[Record]) -> Iterator[str]:

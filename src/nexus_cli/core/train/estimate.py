@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -22,24 +23,40 @@ class Durations:
         steps: optimizer steps, without the evaluations and checkpoints after them.
         evaluations: of held-out text.
         checkpoints: saved.
+        improved: of every evaluation after a step, whether it was the best so far.
     """
 
     steps: list[float] = field(default_factory=list)
     evaluations: list[float] = field(default_factory=list)
     checkpoints: list[float] = field(default_factory=list)
+    improved: list[bool] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Remaining:
-    """How many of its parts a run still has before it."""
+    """How many of its parts a run still has before it.
+
+    Attributes:
+        steps: optimizer steps.
+        evaluations: of held-out text.
+        checkpoints: that fall due whatever the evaluations find.
+        chances: evaluations after which a new best costs a checkpoint that was not due.
+    """
 
     steps: int
     evaluations: int
     checkpoints: int
+    chances: int = 0
 
     @classmethod
     def of(
-        cls, step: int, max_steps: int, *, evaluate_every: int | None, save_every: int | None
+        cls,
+        step: int,
+        max_steps: int,
+        *,
+        evaluate_every: int | None,
+        save_every: int | None,
+        keeps_best: bool = False,
     ) -> Remaining:
         """After ``step`` of ``max_steps``; the last step is always evaluated and saved.
 
@@ -48,10 +65,15 @@ class Remaining:
             max_steps: of the run.
             evaluate_every: steps between evaluations; ``None`` for no evaluation at all.
             save_every: steps between checkpoints; ``None`` for the last one only.
+            keeps_best: whether an evaluation better than all before it saves a checkpoint.
         """
         left = max(0, max_steps - step)
-        evaluations = _due(step, max_steps, evaluate_every) if evaluate_every else 0
-        return cls(left, evaluations, _due(step, max_steps, save_every or max_steps))
+        checkpoints = _due(step, max_steps, save_every or max_steps)
+        if not evaluate_every:
+            return cls(left, 0, checkpoints)
+        evaluations = _due(step, max_steps, evaluate_every)
+        both = _due(step, max_steps, math.lcm(evaluate_every, save_every or max_steps))
+        return cls(left, evaluations, checkpoints, evaluations - both if keeps_best else 0)
 
 
 def _due(step: int, max_steps: int, every: int) -> int:
@@ -77,7 +99,10 @@ def seconds_left(spent: Durations, left: Remaining) -> float | None:
     if each is None:
         return None
     evaluations = left.evaluations * _median(spent.evaluations)
-    return left.steps * each + evaluations + left.checkpoints * _median(spent.checkpoints)
+    # Before there is an evaluation, every one to come counts as a new best: early ones mostly are.
+    improving = statistics.fmean(spent.improved) if spent.improved else 1.0
+    checkpoints = left.checkpoints + improving * left.chances
+    return left.steps * each + evaluations + checkpoints * _median(spent.checkpoints)
 
 
 def _median(seconds: Sequence[float]) -> float:
@@ -140,13 +165,20 @@ class Forecast:
         max_steps: of the run.
         evaluate_every: steps between evaluations; ``None`` for none.
         save_every: steps between checkpoints; ``None`` for the last one only.
+        keeps_best: whether an evaluation better than all before it saves a checkpoint.
     """
 
     def __init__(
-        self, max_steps: int, *, evaluate_every: int | None, save_every: int | None
+        self,
+        max_steps: int,
+        *,
+        evaluate_every: int | None,
+        save_every: int | None,
+        keeps_best: bool,
     ) -> None:
         self._max_steps = max_steps
-        self._every = {"evaluate_every": evaluate_every, "save_every": save_every}
+        self._evaluate_every, self._save_every = evaluate_every, save_every
+        self._keeps_best = keeps_best
         self._spent = Durations()
 
     @contextmanager
@@ -156,9 +188,19 @@ class Forecast:
         yield
         getattr(self._spent, part).append(time.perf_counter() - begun)
 
+    def judged(self, *, improved: bool) -> None:
+        """An evaluation after a step was the best so far, or was not."""
+        self._spent.improved.append(improved)
+
     def said(self, step: int) -> str | None:
         """The sentence, after the step at which enough are measured; else ``None``."""
-        left = Remaining.of(step, self._max_steps, **self._every)
+        left = Remaining.of(
+            step,
+            self._max_steps,
+            evaluate_every=self._evaluate_every,
+            save_every=self._save_every,
+            keeps_best=self._keeps_best,
+        )
         if len(self._spent.steps) != ENOUGH or not left.steps:
             return None
         return sentence(self._spent, left, datetime.now().astimezone())

@@ -78,8 +78,9 @@ class StepBatches:
 class Feed:
     """Gives a step's micro-batches on the device, each with its signal.
 
-    With ``ahead``, a thread prepares the next pair while the student works on this one; that
-    hides a teacher on its own device and the decoding of a store. The pairs are the same.
+    With ``ahead``, a thread reads the next step's text and prepares the next pair while the
+    student works on this one; that hides a teacher on its own device and the decoding of a store.
+    The pairs are the same.
 
     Args:
         batches: what each step reads.
@@ -101,6 +102,7 @@ class Feed:
         self._device = device
         self._read: dict[int, list[Batch]] = {}
         self._pool = ThreadPoolExecutor(1, "feed") if ahead else None
+        self._reading: dict[int, Future[list[Batch]]] = {}
         self._pending: dict[tuple[int, int], Future[tuple[Batch, TeacherSignal | None]]] = {}
 
     def __enter__(self) -> Self:
@@ -118,24 +120,37 @@ class Feed:
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's part of ``step``, on the CPU; read once."""
         if step not in self._read:
-            self._read[step] = self.batches.micro_batches(step)
+            reading = self._reading.pop(step, None)
+            self._read[step] = reading.result() if reading else self.batches.micro_batches(step)
         return self._read[step]
 
     def pairs(self, step: int) -> Iterator[tuple[Batch, TeacherSignal | None]]:
         """Each micro-batch of ``step`` on the device, with the teacher's signal."""
-        count = len(self.micro_batches(step))
-        for place in range(count):
+        batches = self.micro_batches(step)
+        for place, batch in enumerate(batches):
             pending = self._pending.pop((step, place), None)
-            pair = pending.result() if pending else self._make(step, place)
-            self._prepare(*((step, place + 1) if place + 1 < count else (step + 1, 0)))
+            pair = pending.result() if pending else self._make(batch)
+            if place + 1 < len(batches):
+                self._prepare(step, place + 1, batches[place + 1])
+            else:
+                self._prepare_step(step + 1)
             yield pair
         del self._read[step]
 
-    def _make(self, step: int, place: int) -> tuple[Batch, TeacherSignal | None]:
-        batch = self.micro_batches(step)[place].to(self._device)
-        return batch, None if self._teacher is None else self._teacher.signal(batch)
+    def _make(self, batch: Batch) -> tuple[Batch, TeacherSignal | None]:
+        here = batch.to(self._device)
+        return here, None if self._teacher is None else self._teacher.signal(here)
 
-    def _prepare(self, step: int, place: int) -> None:
-        if self._pool is not None and step < self.batches.num_steps:
-            self.micro_batches(step)  # here, so that the thread only looks it up
-            self._pending[step, place] = self._pool.submit(self._make, step, place)
+    def _prepare(self, step: int, place: int, batch: Batch) -> None:
+        if self._pool is not None:
+            self._pending[step, place] = self._pool.submit(self._make, batch)
+
+    def _prepare_step(self, step: int) -> None:
+        """Read the text of a step, and make its first pair of it."""
+        if self._pool is None or step >= self.batches.num_steps:
+            return
+        reading = self._pool.submit(self.batches.micro_batches, step)
+        self._reading[step] = reading
+        # After it on the same thread, so that it is there.
+        first = self._pool.submit(lambda: self._make(reading.result()[0]))
+        self._pending[step, 0] = first

@@ -142,6 +142,7 @@ class Loop:
             settings.max_steps,
             evaluate_every=settings.evaluate_every,
             save_every=settings.save_every,
+            keeps_best=parts.keeper is not None,
         )
 
     def run(self) -> int:
@@ -321,7 +322,7 @@ class Loop:
             judged = {} if keeper is None else {"judge": keeper.judge}
             self._write({"eval": results, "held_out_objective": objective, **judged})
             for name, values in results.items():
-                shown = "  ".join(f"{key} {value:.4f}" for key, value in values.items())
+                shown = "  ".join(f"{key} {value:z.4f}" for key, value in values.items())
                 log.info("held-out %s at step %d: %s", name, self.progress.step, shown)
             if keeper is not None and objective is not None:
                 self._judge(keeper, objective)
@@ -329,7 +330,10 @@ class Loop:
 
     def _judge(self, keeper: BestKeeper, objective: float) -> None:
         """Keep the best checkpoint, and end a run that has stopped getting better."""
-        if keeper.see(self.progress.step, objective):
+        improved = keeper.see(self.progress.step, objective)
+        if self.progress.step:
+            self._forecast.judged(improved=improved)
+        if improved:
             self._save()  # whole before it is called the best; at step 0 there is nothing to save
             keeper.write()
         elif self._is_out_of_patience() and keeper.best is not None:

@@ -93,11 +93,11 @@ def log_line(record: Mapping[str, Any], max_steps: int) -> str:
     return "  ".join(shown)
 
 
-LINE = (
-    ("loss", ".4f"),
-    ("ce", ".4f"),
-    ("kd", ".5f"),
-    ("router_kl", ".5f"),
+LINE = (  # with z: what rounds to zero has no sign
+    ("loss", "z.4f"),
+    ("ce", "z.4f"),
+    ("kd", "z.5f"),
+    ("router_kl", "z.5f"),
     ("grad_norm", ".3g"),
     ("learning_rate", ".3g"),
     ("gate_mean_abs", ".3g"),

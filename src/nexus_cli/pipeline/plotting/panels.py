@@ -50,7 +50,7 @@ LOSSES = Figure(
     (
         Panel("loss", "Total loss", "nats a token", ("loss",)),
         Panel("cross-entropy", "Cross entropy with the text", "nats a token", ("ce",)),
-        Panel("kl", "KL to the teacher", "nats a token", ("kd",)),
+        Panel("kl", "Divergence from the teacher (kd)", "nats a token", ("kd",)),
         Panel("agreement", "Same most likely token as the teacher", "share", ("agreement",)),
     ),
 )
@@ -83,10 +83,8 @@ OPTIMISER = Figure(
             smooth=False,
         ),
         Panel("gate", "Gate size, mean of layers", "|g|", ("gate_mean_abs",), smooth=False),
-        Panel(
-            "temperature", "Temperature of the KL", "", ("temperature",), varies=True, smooth=False
-        ),
-        Panel("kl-weight", "Weight of the KL", "", ("kd_weight",), varies=True, smooth=False),
+        Panel("temperature", "Temperature of kd", "", ("temperature",), varies=True, smooth=False),
+        Panel("kl-weight", "Weight of kd", "", ("kd_weight",), varies=True, smooth=False),
     ),
 )
 SPEED = Figure(

@@ -121,9 +121,9 @@ def draw_schedule(timeline: Timeline, title: str, folder: Path) -> list[Path]:
         _draw_lines(rates, timeline, timeline.rates, "Learning rates")
         _scale_rates(rates, timeline)
         _draw_lines(
-            temperature, timeline, {"temperature": timeline.temperature_N}, "Temperature of the KL"
+            temperature, timeline, {"temperature": timeline.temperature_N}, "Temperature of kd"
         )
-        _draw_lines(kl, timeline, timeline.kl, "Weight of the KL")
+        _draw_lines(kl, timeline, timeline.kl, "Weight of kd")
         for axes in (temperature, kl):
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=TICK_STEPS))

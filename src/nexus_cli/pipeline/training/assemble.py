@@ -13,7 +13,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from nexus_cli.config.train import weights_of
 from nexus_cli.core.distill.anchor import Anchor
 from nexus_cli.core.distill.model_teacher import ModelTeacher
 from nexus_cli.core.distill.self_teacher import SelfTeacher, frozen_routers
@@ -48,7 +47,7 @@ from nexus_cli.pipeline.training.optimizer import (
     require_exact_sums,
     splits,
 )
-from nexus_cli.pipeline.training.request import Request
+from nexus_cli.pipeline.training.request import Request, held_out_weights
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +108,8 @@ def load_models(request: Request, world: World, teacher_device: torch.device) ->
     itself = SelfTeacher(student, router_logits=True, frozen=routers)
     teacher: Teacher = itself
     if request.store is not None:
-        teacher = StoreTeacher(request.store)
+        samples = request.config.teacher.tail == "samples"
+        teacher = StoreTeacher(request.store, dense=request.store.dense, samples=samples)
     elif request.teacher is not None:
         teacher = _model_teacher(request, student, dtype, teacher_device)
     if engine is not None:
@@ -134,9 +134,16 @@ def tell_trainables(masters: Mapping[str, Tensor]) -> None:
 
 
 def make_feed(batches: StepBatches, models: Models, world: World) -> Feed:
-    """The feed; it runs ahead where the teacher's work is not the student's device's."""
-    apart = not isinstance(models.teacher, SelfTeacher)
-    return Feed(batches, models.teacher, world.device, ahead=apart)
+    """The feed; it runs ahead where the teacher's work is not the student's device's.
+
+    On one device two threads of torch only get into each other's way: a CPU's threads are taken
+    up by both, which made a step a third slower.
+    """
+    teacher = models.teacher
+    apart = isinstance(teacher, StoreTeacher) or (
+        isinstance(teacher, ModelTeacher) and teacher.device != world.device
+    )
+    return Feed(batches, teacher, world.device, ahead=apart)
 
 
 def loop_settings(request: Request, *, evaluates: bool) -> LoopSettings:
@@ -234,15 +241,13 @@ def make_keeper(
     world: World,
     progress: Progress,
 ) -> BestKeeper | None:
-    """Follows which checkpoint is best on held-out text, where there is some."""
+    """Follows which checkpoint is best on held-out text, where there is some and it can tell."""
     evaluation, data = request.config.evaluation, request.config.data
-    if held_out is None or not evaluation.keep_best:
+    if held_out is None or not request.keeps_best:
         return None
-    named = [(source.name, source.loss) for source in (evaluation.data or data).sources]
-    weights = weights_of(request.config.loss, named)
     judged = {
         name: SourceWeights(w.ce, w.kd, w.router)
-        for (name, _), w in zip(named, weights, strict=True)
+        for name, w in held_out_weights(request.config).items()
     }
     judge = sha256_json(
         {

@@ -150,7 +150,7 @@ def _work(request: Request, directory: Path) -> list[tuple[str, object]]:
     tokens = request.max_steps * request.sequences_per_step * request.seq_len
     teacher = "the student without its shared experts"
     if request.store is not None:
-        teacher = str(request.store.path)
+        teacher = request.store.folder.shown
     elif request.teacher is not None:
         teacher = str(request.teacher.path)
     rows: list[tuple[str, object]] = [
@@ -316,7 +316,7 @@ def _layer_bytes(request: Request, model: dict[str, Any], wide: int) -> int:
 
 def checkpoint_bytes(request: Request, sizes: Sequence[int]) -> int:
     """Disk for the kept checkpoints: bf16 tensors, and the training state in the newest two."""
-    keep_last, evaluation = request.config.runtime.keep_last, request.config.evaluation
-    best = 1 if evaluation.keep_best and evaluation.every is not None else 0
-    models = keep_last + best + 1  # one more while it is written, before an old one goes
+    models = (
+        request.config.runtime.keep_last + request.keeps_best + 1
+    )  # one more while it is written, before an old one goes
     return models * 2 * sum(sizes) + (WITH_STATE + 1) * state_bytes(request, sizes)

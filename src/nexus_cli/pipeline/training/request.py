@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nexus_cli.config.shared import LossWeights
+from nexus_cli.config.shared import LossWeights, TextData
 from nexus_cli.config.train import ScheduleConfig, TrainConfig, weights_of
 from nexus_cli.core.distill.schedule import Schedule
 from nexus_cli.core.model.gpt_oss.adapter import read_conversion
 from nexus_cli.errors import ArtifactError, ConfigError
 from nexus_cli.io import model_dir
 from nexus_cli.io.hashing import sha256_file
+from nexus_cli.io.location import locate
 from nexus_cli.io.model_dir import ModelShape
-from nexus_cli.io.teacher_store import FILENAME as STORE
-from nexus_cli.io.teacher_store import TeacherStore, open_store
+from nexus_cli.io.teacher_store.manifest import FILENAME as STORE
+from nexus_cli.io.teacher_store.reader import TeacherStore, open_store
 from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline.adapters import model_or_adapter, require_use
 from nexus_cli.pipeline.inputs import Artifact, model_input, stage_input
@@ -85,15 +86,20 @@ class Request:
         return self.config.data.seq_len if self.store is None else self.store.plan.seq_len
 
     @property
+    def keeps_best(self) -> bool:
+        """Whether evaluations find a best checkpoint: an objective of 0 throughout has none."""
+        evaluation = self.config.evaluation
+        return evaluation.keep_best and evaluation.every is not None and _judges(self.config)
+
+    @property
     def inputs(self) -> dict[str, Artifact]:
         """What the stage reads, by role."""
         inputs = {"student": self.student}
         if self.teacher is not None:
             inputs["teacher"] = self.teacher
         if self.store is not None:
-            inputs["store"] = Artifact(
-                self.store.path, self.store.manifest.digest, self.store_source
-            )
+            folder = Path(self.store.folder.shown)  # for the record: it may lie elsewhere
+            inputs["store"] = Artifact(folder, self.store.manifest.digest, self.store_source)
         return inputs
 
 
@@ -119,6 +125,7 @@ def online_request(config: TrainConfig, workspace: Workspace, world_size: int) -
             "a teacher on a device of its own works with one process",
             hint="leave --teacher-model out: the student is its own teacher on every GPU",
         )
+    _require_judgement(config)
     student, shape = _student(config, workspace)
     max_steps = config.max_steps or ONLINE_STEPS
     return Request(
@@ -155,12 +162,13 @@ def offline_request(config: TrainConfig, workspace: Workspace, world_size: int) 
             "a store holds its top K",
             hint="set loss.divergence to forward, or use nexus train",
         )
+    _require_judgement(config)
     student, shape = _student(config, workspace)
     path, store_source = config.teacher.store, None
     if path is None:
         path, store_source = _workspace_store(workspace)
     store = open_store(
-        path,
+        locate(path),
         vocab_size=shape.vocab_size,
         tokenizer=sha256_file(student.path / "tokenizer.json"),
         teacher=_base_of(student.path),
@@ -170,11 +178,14 @@ def offline_request(config: TrainConfig, workspace: Workspace, world_size: int) 
     max_steps = config.max_steps or len(store) // per_step
     if max_steps < 1:
         raise ConfigError(
-            f"{store.path} holds {len(store)} sequences, and one optimizer step takes {per_step}",
+            f"{store.folder.shown} holds {len(store)} sequences, "
+            f"and one optimizer step takes {per_step}",
             hint="lower --batch-size or --gradient-accumulation-steps",
         )
     schedule = make_schedule(config.schedule, max_steps)
     store.require_temperatures(schedule.temperatures)
+    if config.teacher.tail == "samples":
+        _require_samples(store, schedule)
     named = {source.name: source.loss for source in config.data.sources}
     sources = store.plan.sources
     weights = weights_of(config.loss, [(name, named.get(name)) for name in sources])
@@ -199,14 +210,63 @@ def offline_request(config: TrainConfig, workspace: Workspace, world_size: int) 
     )
 
 
-def _workspace_store(workspace: Workspace) -> tuple[Path, tuple[str, str] | None]:
+def held_out_weights(config: TrainConfig) -> dict[str, LossWeights]:
+    """What each source of held-out text counts by: as if it were trained on."""
+    sources = (config.evaluation.data or config.data).sources
+    named = [(source.name, source.loss) for source in sources]
+    return {
+        name: weights
+        for (name, _), weights in zip(named, weights_of(config.loss, named), strict=True)
+    }
+
+
+def held_out_of(data: TextData) -> TextData | None:
+    """The same sources, held-out part; those that train on everything have none."""
+    sources = tuple(
+        source.model_copy(update={"split": "held-out"})
+        for source in data.sources
+        if source.split in ("auto", "train")
+    )
+    return data.model_copy(update={"sources": sources}) if sources else None
+
+
+def _judges(config: TrainConfig) -> bool:
+    """Whether the held-out objective says anything: the router's loss is no part of it."""
+    weights, data = held_out_weights(config), config.evaluation.data or held_out_of(config.data)
+    names = weights if data is None else [source.name for source in data.sources]
+    return any(weights[name].ce or weights[name].kd for name in names)
+
+
+def _require_judgement(config: TrainConfig) -> None:
+    if config.evaluation.patience is not None and not _judges(config):
+        raise ConfigError(
+            "evaluation.patience: no held-out source has a ce or kd weight, so every evaluation "
+            "has an objective of 0 and none is better than another",
+            hint="leave evaluation.patience out, or give a source a ce or kd weight",
+        )
+
+
+def _require_samples(store: TeacherStore, schedule: Schedule) -> None:
+    if not store.plan.tail_samples:
+        raise ConfigError(
+            f"{store.folder.shown} holds no samples of the tail",
+            hint="set teacher.tail to bucket, or precompute with --set tail_samples=16",
+        )
+    if any(temperature != 1 for temperature in schedule.temperatures):
+        raise ConfigError(
+            "samples of the tail were drawn at temperature 1",
+            hint="keep the temperature at 1, or set teacher.tail to bucket",
+        )
+
+
+def _workspace_store(workspace: Workspace) -> tuple[str, tuple[str, str] | None]:
     """The store of the precompute stage; a whole one is of use even where the text ran out."""
     directory = workspace.stage_dir("precompute")
     if workspace.find("precompute") is None and (directory / STORE).is_file():
         log.warning("%s holds less than was asked for; training on what is there", directory)
-        return directory, None
+        return str(directory), None
     found = stage_input(workspace, "precompute", None)
-    return found.path, found.source
+    return str(found.path), found.source
 
 
 def _student(config: TrainConfig, workspace: Workspace) -> tuple[Artifact, ModelShape]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nexus_cli.config.shared import TextData
 from nexus_cli.core.data.batch import Batch
 from nexus_cli.core.data.blocks import PackedBlocks, batches, collate
 from nexus_cli.core.data.order import mixture_order, shard
@@ -19,7 +18,7 @@ from nexus_cli.core.train.feed import Blocks, StepBatches
 from nexus_cli.errors import ResourceError
 from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline.text import load_blocks
-from nexus_cli.pipeline.training.request import Request
+from nexus_cli.pipeline.training.request import Request, held_out_of
 
 # Shape letters in this file: N samples of the whole run, B sequences of a batch.
 
@@ -114,7 +113,7 @@ def held_out_text(request: Request, workspace: Workspace, world: World) -> HeldO
     text that the user names.
     """
     settings = request.config.evaluation
-    data = settings.data or (_held_out_of(request.config.data) if request.store is None else None)
+    data = settings.data or (held_out_of(request.config.data) if request.store is None else None)
     if settings.every is None:
         return None
     if data is None:
@@ -140,13 +139,3 @@ def held_out_text(request: Request, workspace: Workspace, world: World) -> HeldO
         list(batches(text.blocks, mine_N, per_batch)),
         request.config.runtime.head_chunk,
     )
-
-
-def _held_out_of(data: TextData) -> TextData | None:
-    """The same sources, held-out part; those that train on everything have none."""
-    sources = tuple(
-        source.model_copy(update={"split": "held-out"})
-        for source in data.sources
-        if source.split in ("auto", "train")
-    )
-    return data.model_copy(update={"sources": sources}) if sources else None

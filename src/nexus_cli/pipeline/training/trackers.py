@@ -5,19 +5,28 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
+from nexus_cli.core.distributed import World
 from nexus_cli.core.train.loop import Recorder
 from nexus_cli.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 PROJECT = "nexus"
-TENSORBOARD = "tensorboard"  # the folder, inside the run's
+TENSORBOARD = "tensorboard"  # also the folder, inside the run's
+WANDB = "wandb"
+ELSEWHERE = "metrics.jsonl has every number"
+HINTS = {
+    TENSORBOARD: f"look at its folder, or leave the flag out: {ELSEWHERE}",
+    WANDB: "run: wandb login, or set WANDB_API_KEY, or WANDB_MODE=offline to stay on this "
+    f"machine; or leave the flag out: {ELSEWHERE}",
+}
 
 
 class Reporter:
@@ -43,46 +52,70 @@ class Reporter:
 
 
 @contextmanager
-def reporting(
-    recorder: Recorder,
-    names: Sequence[str],
-    directory: Path,
-    settings: Mapping[str, Any],
-    step: int,
-) -> Iterator[Recorder]:
-    """A recorder that reports to the trackers ``names``, which are closed at the end.
+def open_trackers(
+    names: Sequence[str], directory: Path, settings: Mapping[str, Any], step: int, world: World
+) -> Iterator[list[GeneralTracker]]:
+    """The trackers ``names``, started on the main rank and closed at the end; others get none.
 
     Args:
-        recorder: of the run.
         names: ``tensorboard`` or ``wandb``, both installed.
         directory: the run's folder.
         settings: of the run, shown beside its curves.
         step: that the run starts from; TensorBoard hides what an earlier process wrote after it.
+        world: every rank learns of a tracker that does not start.
+
+    Raises:
+        ConfigError: a tracker does not start.
     """
-    trackers = [_open(name, directory, step) for name in names]
-    for tracker in trackers:
-        if hasattr(tracker, "start"):  # older versions of accelerate open it when it is made
-            tracker.start()
-        tracker.store_init_configuration(flat_settings(settings))
+    opened: list[GeneralTracker] = []
+    shown = flat_settings(settings)
+
+    def start() -> None:
+        for name in names:
+            with _said_in_one_line(name):
+                tracker = _open(name, directory, step)
+                if hasattr(tracker, "start"):  # older versions of accelerate start it when made
+                    tracker.start()
+                opened.append(tracker)
+                tracker.store_init_configuration(shown)
+
     try:
-        yield Reporter(recorder, trackers) if trackers else recorder
+        world.from_main(start)
+        yield opened
     finally:
-        for tracker in trackers:
+        for tracker in opened:
             tracker.finish()
 
 
-def require_trackers(names: Sequence[str]) -> None:
-    """Refuse a tracker whose package is not there, before anything is loaded.
+def require_trackers(names: Sequence[str], world: World) -> None:
+    """Refuse a tracker that is not installed or has no login, before anything is loaded.
 
     Raises:
-        ConfigError: with the command that installs it.
+        ConfigError: with the command that installs it, or logs in.
     """
     for name in names:
         if find_spec(name) is None:
             raise ConfigError(
                 f"--report-to {name}: the package {name} is not installed",
-                hint=f"pip install {name}, or leave the flag out: metrics.jsonl has every number",
+                hint=f"pip install {name}, or leave the flag out: {ELSEWHERE}",
             )
+    if WANDB in names:
+        world.from_main(_log_in)
+
+
+def _log_in() -> None:
+    """As wandb does it: by the environment or netrc, else by asking; offline it asks nothing."""
+    with _said_in_one_line(WANDB):
+        import_module(WANDB).login()
+
+
+@contextmanager
+def _said_in_one_line(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a client of somebody else's: there is no telling what it raises
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"--report-to {name}: {said}", hint=HINTS[name]) from error
 
 
 def flat_numbers(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

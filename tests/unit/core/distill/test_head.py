@@ -4,9 +4,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nexus_cli.core.distill.head import head_loss
-from nexus_cli.core.distill.teacher import DenseSignal, TopKSignal
+from nexus_cli.core.distill.teacher import TAIL_TEMPERATURES, DenseSignal, TopKSignal
 
-# Shape letters: N positions, H hidden size, V vocabulary, K teacher entries.
+# Shape letters: N positions, H hidden size, V vocabulary, K teacher entries, T temperatures.
 
 N, H, V = 11, 6, 23
 
@@ -29,11 +29,16 @@ def problem(seed=0, dtype=torch.float64):
     return hidden_NH, head_VH, labels_N, ce_N, kd_N
 
 
-def topk_signal(hidden_NH, head_VH, k, temperature):
-    logp_NV = torch.log_softmax(hidden_NH @ head_VH.T / temperature, -1)
+def power_sums(logp_NV):
+    """``log sum p ** (1 / T)`` at every temperature; ``-inf`` where a token is left out."""
+    return torch.stack([(logp_NV / value).logsumexp(-1) for value in TAIL_TEMPERATURES], -1)
+
+
+def topk_signal(hidden_NH, head_VH, k):
+    logp_NV = torch.log_softmax(hidden_NH @ head_VH.T, -1)
     logprobs_NK, ids_NK = logp_NV.topk(k)
-    tail_N = logp_NV.scatter(1, ids_NK, -torch.inf).logsumexp(-1)
-    return TopKSignal(ids_NK, logprobs_NK, tail_N, temperature)
+    tails_NT = power_sums(logp_NV.scatter(1, ids_NK, -torch.inf))
+    return TopKSignal(ids_NK, logprobs_NK, tails_NT, dense=k == len(head_VH))
 
 
 def dense_kl(logits_NV, teacher_NV, temperature):
@@ -70,21 +75,19 @@ def divergence_of(settings, logits_NV, teacher_NV, temperature):
     return by_kind[settings["divergence"]](logits_NV, teacher_NV, temperature)
 
 
-def bucket_kl(logits_NV, signal, temperature):
-    """The same KL by the definition: sum both into K + 1 buckets, then compare, row by row."""
-    q_NV = torch.softmax(logits_NV / temperature, -1)
+def bucket_kl(logits_NV, teacher_NV, kept, temperature):
+    """By the definition, row by row: sum both models at T into K + 1 buckets, then compare.
+
+    ``kept`` lists the ids of each row.
+    """
     kls = []
-    for q_V, ids_K, logp_K, tail in zip(
-        q_NV, signal.ids_NK, signal.logprobs_NK, signal.tail_logprob_N, strict=True
-    ):
-        used_K = logp_K > -torch.inf
-        kept = torch.zeros(V, dtype=torch.bool)
-        kept[ids_K[used_K]] = True
-        p_K = logp_K[used_K].exp()
-        kl = (p_K * (p_K.log() - q_V[ids_K[used_K]].log())).sum()
-        if tail > -torch.inf:
-            kl = kl + tail.exp() * (tail - q_V[~kept].sum().log())
-        kls.append(kl)
+    for logits_V, teacher_V, ids in zip(logits_NV, teacher_NV, kept, strict=True):
+        p_V, q_V = (torch.softmax(x_V / temperature, -1) for x_V in (teacher_V, logits_V))
+        rest_V = torch.ones(V, dtype=torch.bool)
+        rest_V[ids] = False
+        p_B, q_B = (torch.cat([x_V[ids], x_V[rest_V].sum()[None]]) for x_V in (p_V, q_V))
+        used_B = p_B > 0
+        kls.append((p_B[used_B] * (p_B[used_B] / q_B[used_B]).log()).sum())
     return torch.stack(kls)
 
 
@@ -107,7 +110,7 @@ def check_against_autograd(signal, kl_of_logits, temperature, **settings):
     expected = (ce_N * ce + kd_N * kd).sum()
     (3 * expected).backward()
 
-    assert signal is None or kd.min() > 0.001
+    assert signal is None or kd.min() > 1e-4
     torch.testing.assert_close(loss.total, expected)
     torch.testing.assert_close(ours_NH.grad, oracle_NH.grad)
     active_N = (ce_N != 0) | (kd_N != 0)
@@ -143,24 +146,71 @@ def test_reverse_kl_and_jsd_have_the_value_and_gradient_of_autograd(temperature,
     )
 
 
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("k", [1, 5, V - 1, V])
-def test_a_top_k_teacher_gives_the_loss_and_gradient_of_autograd(temperature, k):
-    signal = topk_signal(torch.randn(N, H, dtype=torch.float64), problem()[1], k, temperature)
+@pytest.mark.parametrize("temperature", TAIL_TEMPERATURES)
+@pytest.mark.parametrize("k", [1, 5, V - 1])
+def test_a_top_k_teacher_gives_the_loss_and_gradient_of_the_buckets_of_the_dense_one(
+    temperature, k
+):
+    teacher_NH, head_VH = torch.randn(N, H, dtype=torch.float64), problem()[1]
+    teacher_NV = teacher_NH @ head_VH.T
+    kept = teacher_NV.argsort(-1, descending=True)[:, :k].tolist()
     check_against_autograd(
-        signal, lambda logits_NV: bucket_kl(logits_NV, signal, temperature), temperature
+        topk_signal(teacher_NH, head_VH, k),
+        lambda logits_NV: bucket_kl(logits_NV, teacher_NV, kept, temperature),
+        float(temperature),
     )
 
 
-def test_unused_top_k_entries_belong_to_the_tail_whatever_their_ids():
-    whole = topk_signal(torch.randn(N, H, dtype=torch.float64), problem()[1], 5, 1.0)
+@pytest.mark.parametrize("temperature", [1.0, 1.7, 2.0, 4.0])
+def test_a_top_k_of_the_whole_vocabulary_gives_the_loss_of_the_dense_teacher(temperature):
+    teacher_NH, head_VH = torch.randn(N, H, dtype=torch.float64), problem()[1]
+    teacher_NV = teacher_NH @ head_VH.T
+    check_against_autograd(
+        topk_signal(teacher_NH, head_VH, V),
+        lambda logits_NV: dense_kl(logits_NV, teacher_NV, temperature),
+        temperature,
+    )
+
+
+@pytest.mark.parametrize("temperature", TAIL_TEMPERATURES)
+def test_unused_top_k_entries_belong_to_the_tail_whatever_their_ids(temperature):
+    teacher_NH, head_VH = torch.randn(N, H, dtype=torch.float64), problem()[1]
+    teacher_NV = teacher_NH @ head_VH.T
+    whole = topk_signal(teacher_NH, head_VH, 5)
     logprobs_NK, ids_NK = whole.logprobs_NK.clone(), whole.ids_NK.clone()
     logprobs_NK[::2, 3:] = -torch.inf
     logprobs_NK[1::2, 0] = -torch.inf
+    used_NK = logprobs_NK > -torch.inf
+    kept = [ids_K[used_K].tolist() for ids_K, used_K in zip(ids_NK, used_NK, strict=True)]
+    rest_NV = torch.log_softmax(teacher_NV, -1)
+    for row, ids in enumerate(kept):
+        rest_NV[row, ids] = -torch.inf
     ids_NK[::2, 3:] = 0
-    tail_N = (1 - logprobs_NK.exp().sum(-1)).log()
-    signal = TopKSignal(ids_NK, logprobs_NK, tail_N)
-    check_against_autograd(signal, lambda logits_NV: bucket_kl(logits_NV, signal, 1.0), 1.0)
+    check_against_autograd(
+        TopKSignal(ids_NK, logprobs_NK, power_sums(rest_NV)),
+        lambda logits_NV: bucket_kl(logits_NV, teacher_NV, kept, temperature),
+        float(temperature),
+    )
+
+
+@pytest.mark.parametrize("temperature", TAIL_TEMPERATURES)
+def test_a_position_without_a_distribution_harms_only_who_counts_it(temperature):
+    hidden_NH, head_VH, labels_N, ce_N, kd_N = problem()
+    whole = topk_signal(torch.randn(N, H, dtype=torch.float64), head_VH, 5)
+    signal = TopKSignal(whole.ids_NK, whole.logprobs_NK.clone(), whole.tails_NT.clone())
+    signal.logprobs_NK[0], signal.tails_NT[0] = -torch.inf, torch.nan
+    losses = []
+    for teacher in (whole, signal):
+        leaf_NH = hidden_NH.clone().requires_grad_()
+        loss = head_loss(leaf_NH, head_VH, labels_N, ce_N, kd_N, teacher, temperature=temperature)
+        loss.total.backward()
+        losses.append((loss.total, leaf_NH.grad))
+    assert kd_N[0] == 0
+    torch.testing.assert_close(*losses, rtol=0, atol=0)
+    kd_N[0] = 1
+    loss = head_loss(hidden_NH, head_VH, labels_N, ce_N, kd_N, signal, temperature=temperature)
+    assert loss.total.isnan()
+    assert loss.kd_N.isnan().nonzero().tolist() == [[0]]
 
 
 @pytest.mark.parametrize("kind", ["none", "dense", "top-k"])
@@ -171,7 +221,7 @@ def test_the_gradient_passes_gradcheck(kind, temperature):
     signal = {
         "none": None,
         "dense": DenseSignal(teacher_NH),
-        "top-k": topk_signal(teacher_NH, head_VH, 4, temperature),
+        "top-k": topk_signal(teacher_NH, head_VH, 4),
     }[kind]
     if signal is None:
         kd_N = torch.zeros_like(kd_N)
@@ -296,7 +346,8 @@ def test_a_certain_student_that_gives_the_tail_no_mass_has_a_finite_loss():
     head_VH = torch.eye(4)
     hidden_NH = torch.tensor([[200.0, 0, 0, 0]], requires_grad=True)
     quarter = torch.tensor(0.25).log()
-    teacher = TopKSignal(torch.tensor([[0]]), quarter.view(1, 1), torch.tensor([0.75]).log())
+    tails_NT = torch.tensor([[0.75, torch.nan, torch.nan]]).log()  # of no use at temperature 1
+    teacher = TopKSignal(torch.tensor([[0]]), quarter.view(1, 1), tails_NT)
     loss = head_loss(hidden_NH, head_VH, torch.tensor([0]), torch.ones(1), torch.ones(1), teacher)
     loss.total.backward()
     assert loss.total.isfinite()
@@ -363,7 +414,7 @@ def test_no_tensor_grows_with_positions_times_vocabulary(kind, settings, tempera
     teacher_NH = torch.randn(num_positions, H)
     signal = DenseSignal(teacher_NH)
     if kind == "top-k":
-        signal = topk_signal(teacher_NH, head_VH, 8, temperature)
+        signal = topk_signal(teacher_NH, head_VH, 8)
     weight_N = torch.ones(num_positions)
     with Allocations(large=chunk * vocabulary * 4) as seen:
         head_loss(
@@ -402,7 +453,7 @@ def test_metrics_are_the_teachers_entropy_and_the_agreement_of_the_likeliest_tok
     expected = torch.distributions.Categorical(logits=teacher_NV / 2).entropy()
     agree = teacher_NV.argmax(-1) == (hidden_NH @ head_VH.T).argmax(-1)
 
-    for signal in (DenseSignal(teacher_NH), topk_signal(teacher_NH, head_VH, V, 2.0)):
+    for signal in (DenseSignal(teacher_NH), topk_signal(teacher_NH, head_VH, V)):
         loss = head_loss(
             hidden_NH, head_VH, labels_N, ce_N, kd_N, signal, temperature=2.0, metrics=True
         )
@@ -411,17 +462,17 @@ def test_metrics_are_the_teachers_entropy_and_the_agreement_of_the_likeliest_tok
     assert 0 < agree[active_N].sum() < active_N.sum()
 
 
-def test_a_teacher_at_another_temperature_is_refused():
+def test_a_temperature_at_which_the_tail_is_not_known_is_refused():
     hidden_NH, head_VH, labels_N, ce_N, kd_N = problem()
-    signal = topk_signal(hidden_NH, head_VH, 4, 1.0)
-    with pytest.raises(ValueError, match="temperature 1, not at 2"):
-        head_loss(hidden_NH, head_VH, labels_N, ce_N, kd_N, signal, temperature=2.0)
+    signal = topk_signal(hidden_NH, head_VH, 4)
+    with pytest.raises(ValueError, match="at the temperatures 1, 2, 4, not at 3"):
+        head_loss(hidden_NH, head_VH, labels_N, ce_N, kd_N, signal, temperature=3.0)
 
 
 @pytest.mark.parametrize("kind", ["reverse", "jsd"])
 def test_a_top_k_teacher_is_refused_for_all_but_the_forward_kl(kind):
     hidden_NH, head_VH, labels_N, ce_N, kd_N = problem()
-    signal = topk_signal(hidden_NH, head_VH, V, 1.0)
+    signal = topk_signal(hidden_NH, head_VH, V)
     with pytest.raises(ValueError, match=f"{kind} divergence needs a dense teacher"):
         head_loss(hidden_NH, head_VH, labels_N, ce_N, kd_N, signal, divergence=kind)
 
@@ -453,7 +504,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 @pytest.mark.parametrize(
     ("kind", "settings"), [("top-k", {}), *(("dense", settings) for settings in DIVERGENCES)]
 )
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 def test_a_gpu_gives_the_loss_and_gradient_of_float64(kind, settings, temperature):
     hidden_NH, head_VH, labels_N, ce_N, kd_N = (t.cuda() for t in problem(dtype=torch.bfloat16))
     teacher_NH = torch.randn(N, H).to("cuda", torch.bfloat16)
@@ -462,7 +513,7 @@ def test_a_gpu_gives_the_loss_and_gradient_of_float64(kind, settings, temperatur
         ours_NH = hidden_NH.to(dtype, copy=True).requires_grad_()
         signal = DenseSignal(teacher_NH.to(dtype))
         if kind == "top-k":
-            signal = topk_signal(teacher_NH.double(), head_VH.double(), 5, temperature)
+            signal = topk_signal(teacher_NH.double(), head_VH.double(), 5)
         loss = head_loss(
             ours_NH, head_VH.to(dtype), labels_N, ce_N, kd_N, signal, temperature=temperature,
             **settings,

@@ -61,7 +61,8 @@ def test_one_temperature_stays():
     schedule = Schedule(5, temperature=2.0)
     assert {schedule.at(step).temperature for step in range(5)} == {2.0}
     assert schedule.temperatures == (2.0,)
-    assert Schedule(5, temperature=4.0, final_temperature=2.0).temperatures == (4.0, 2.0)
+    moving = Schedule(5, temperature=4.0, final_temperature=2.0)
+    assert moving.temperatures == (4.0, 3.5, 3.0, 2.5, 2.0)
 
 
 def test_the_kl_weight_rises_to_one():

@@ -121,7 +121,7 @@ def test_the_top_k(compile_kernel, capability, k):
         ),
         compile_kernel(
             head_top_k.finish_kernel,
-            floats("logits", "values", "rests", "tails", "logprobs", "tail_logprobs", "nlls")
+            floats("logits", "values", "rests", "tails", "logprobs", "tail_sums", "nlls")
             | {"labels": "*i64", "found": "*i32", "ids": "*i64", "vocabulary": "i32"},
             {"K": k, "BLOCK_K": k},
             capability=capability,

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nexus_cli.core.distill import head
-from nexus_cli.core.distill.teacher import DenseSignal, TopKSignal
+from nexus_cli.core.distill.teacher import TAIL_TEMPERATURES, DenseSignal, TopKSignal
 
 # Shape letters: N positions, H hidden size, V vocabulary.
 
@@ -18,13 +18,14 @@ def test_reused_buffers_give_the_same_loss_and_gradient(monkeypatch, kind, tempe
     ce_N, kd_N = torch.rand(2, N)
     ce_N[[0, 3, 4]] = 0
     kd_N[[0, 1, 5]] = 0
-    logp_NV = torch.log_softmax(teacher_NH @ head_VH.T / temperature, -1)
+    logp_NV = torch.log_softmax(teacher_NH @ head_VH.T, -1)
     logprobs_NK, ids_NK = logp_NV.topk(4)
-    tail_N = logp_NV.scatter(1, ids_NK, -torch.inf).logsumexp(-1)
+    rest_NV = logp_NV.scatter(1, ids_NK, -torch.inf)
+    tails_NT = torch.stack([(rest_NV / value).logsumexp(-1) for value in TAIL_TEMPERATURES], -1)
     signal = {
         "none": None,
         "dense": DenseSignal(teacher_NH),
-        "top-k": TopKSignal(ids_NK, logprobs_NK, tail_N, temperature),
+        "top-k": TopKSignal(ids_NK, logprobs_NK, tails_NT),
     }[kind]
     if signal is None:
         kd_N = torch.zeros(N)

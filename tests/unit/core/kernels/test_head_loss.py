@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nexus_cli.core.distill.head import head_loss
-from nexus_cli.core.distill.teacher import DenseSignal, TopKSignal
+from nexus_cli.core.distill.teacher import TAIL_TEMPERATURES, DenseSignal, TopKSignal
 from nexus_cli.core.kernels.head_loss import Kept, head_loss_chunk
 
 # Shape letters: C positions, V vocabulary, K kept entries.
@@ -23,25 +23,31 @@ def problem():
 def kept_of(teacher_CV, temperature):
     logp_CV = torch.log_softmax(teacher_CV / temperature, -1)
     logprobs_CK, ids_CK = logp_CV.topk(K)
-    tail_C = logp_CV.scatter(1, ids_CK, -torch.inf).logsumexp(-1)
     logprobs_CK[::2, 3:] = -torch.inf  # unused: these tokens belong to the tail
     ids_CK[::2, 3:] = 0
-    tail_C[::2] = (1 - logprobs_CK[::2].exp().sum(-1)).log()
+    tail_C = (1 - logprobs_CK.exp().sum(-1)).log()
     return ids_CK, logprobs_CK, tail_C
 
 
+def signal_of(teacher_CV):
+    """The same entries as a signal, which is at temperature 1 with three tails."""
+    ids_CK, logprobs_CK, _ = kept_of(teacher_CV, 1.0)
+    sums = []
+    for value in TAIL_TEMPERATURES:
+        whole_C = (torch.log_softmax(teacher_CV, -1) / value).exp().sum(-1)
+        sums.append((whole_C - (logprobs_CK / value).exp().sum(-1)).log())
+    return TopKSignal(ids_CK, logprobs_CK, torch.stack(sums, -1))
+
+
 @pytest.mark.parametrize("kind", ["none", "dense", "kept"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 def test_the_definition_agrees_with_the_formulas_of_the_head(kind, temperature):
     logits_CV, teacher_CV, labels_C, ce_C, kd_C = problem()
     ids_CK, logprobs_CK, tail_C = kept_of(teacher_CV, temperature)
     teacher, signal = {
         "none": (None, None),
         "dense": (teacher_CV, DenseSignal(teacher_CV)),
-        "kept": (
-            Kept(ids_CK, logprobs_CK, tail_C),
-            TopKSignal(ids_CK, logprobs_CK, tail_C, temperature),
-        ),
+        "kept": (Kept(ids_CK, logprobs_CK, tail_C), signal_of(teacher_CV)),
     }[kind]
     if teacher is None:
         kd_C = torch.zeros_like(kd_C)

@@ -267,7 +267,7 @@ def test_a_full_disk_leaves_nothing(trained, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapters, "save_file", full)
+    monkeypatch.setattr(adapters, "write_shard", full)
     with pytest.raises(ResourceError, match="No space left"):
         write_adapter(tmp_path / "adapter", trained / "frozen")
     assert not list(tmp_path.iterdir())

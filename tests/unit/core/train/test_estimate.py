@@ -8,6 +8,7 @@ import pytest
 
 from nexus_cli.core.train.estimate import (
     Durations,
+    Forecast,
     Remaining,
     clock,
     seconds_left,
@@ -28,8 +29,22 @@ def test_what_remains_is_what_the_loop_will_do(step, evaluate_every, save_every)
         last = now == max_steps
         evaluations += bool(evaluate_every and (last or now % evaluate_every == 0))
         checkpoints += bool(last or (save_every and now % save_every == 0))
-    left = Remaining.of(step, max_steps, evaluate_every=evaluate_every, save_every=save_every)
+    every = {"evaluate_every": evaluate_every, "save_every": save_every}
+    left = Remaining.of(step, max_steps, **every)
     assert left == Remaining(max_steps - step, evaluations, checkpoints)
+
+
+@pytest.mark.parametrize("step", [0, 1, 4, 5, 9, 10])
+@pytest.mark.parametrize("evaluate_every", [None, 1, 3, 5, 20])
+@pytest.mark.parametrize("save_every", [None, 2, 5, 20])
+def test_a_new_best_costs_a_checkpoint_only_where_none_is_due(step, evaluate_every, save_every):
+    chances = sum(
+        bool(evaluate_every) and now % evaluate_every == 0 and now % (save_every or 10) != 0
+        for now in range(step + 1, 10)
+    )
+    every = {"evaluate_every": evaluate_every, "save_every": save_every}
+    assert Remaining.of(step, 10, **every, keeps_best=True).chances == chances
+    assert Remaining.of(step, 10, **every).chances == 0
 
 
 def test_the_warm_up_and_one_slow_step_do_not_count():
@@ -42,6 +57,25 @@ def test_evaluations_and_checkpoints_count_what_they_were_measured_to_take():
     spent = Durations([60.0, 2.0, 2.0], evaluations=[10.0, 12.0, 99.0], checkpoints=[5.0])
     assert seconds_left(spent, Remaining(100, 3, 2)) == 100 * 2 + 3 * 12 + 2 * 5
     assert seconds_left(Durations([60.0]), Remaining(100, 3, 2)) is None
+
+
+def test_new_bests_are_expected_as_often_as_they_were_measured():
+    spent = Durations([60.0, 2.0, 2.0], evaluations=[10.0], checkpoints=[5.0])
+    left = Remaining(100, 3, 2, chances=8)
+    assert (
+        seconds_left(spent, left) == 100 * 2 + 3 * 10 + (2 + 8) * 5
+    )  # nothing judged: all of them
+    spent.improved += [True, False, False, False]
+    assert seconds_left(spent, left) == 100 * 2 + 3 * 10 + (2 + 8 / 4) * 5
+
+
+@pytest.mark.parametrize(("improved", "text"), [(True, "about 4 min"), (False, "about 40 s")])
+def test_the_forecast_counts_the_checkpoints_of_new_bests(improved, text):
+    forecast = Forecast(15, evaluate_every=1, save_every=None, keeps_best=True)
+    forecast._spent = Durations([1.0] * 5, evaluations=[1.0], checkpoints=[20.0])
+    forecast.judged(improved=improved)
+    said = forecast.said(5)  # ten steps, nine chances and the last checkpoint
+    assert said.startswith(f"{text} left")
 
 
 def test_the_log_says_how_long_until_when_and_what_is_not_known():

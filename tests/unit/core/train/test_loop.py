@@ -10,6 +10,8 @@ import torch
 
 from nexus_cli.core.distill.schedule import Schedule
 from nexus_cli.core.distill.self_teacher import SelfTeacher
+from nexus_cli.core.train import loop as loop_module
+from nexus_cli.core.train.best import BestKeeper
 from nexus_cli.core.train.evaluation import HeldOut, evaluate
 from nexus_cli.core.train.feed import Feed, StepBatches
 from nexus_cli.core.train.guard import ExplodingLossError
@@ -38,7 +40,7 @@ def digests(model, masters):
 
 @pytest.fixture
 def make_loop(make_student, blocks, alone):
-    def make(max_steps=4, **changes):
+    def make(max_steps=4, keeper=None, **changes):
         model, masters = make_student()
         place = np.arange(4 * max_steps)
         order = place // 2 + len(blocks) // 2 * (place % 2)  # the sources take turns
@@ -62,6 +64,7 @@ def make_loop(make_student, blocks, alone):
             save=save,
             evaluate=dict,
             stop=StopRequest(),
+            keeper=keeper,
         )
         settings = LoopSettings(
             max_steps=max_steps,
@@ -169,3 +172,25 @@ def test_every_step_says_how_its_time_was_spent_and_somebody_may_watch(make_loop
         }  # fmt: skip
         assert record["seconds"]["forward"] > record["seconds"]["data"] >= 0
     assert [line.partition("  ")[0] for line in lines] == ["step 1/3", "step 2/3", "step 3/3"]
+
+
+def test_the_forecast_learns_which_evaluations_were_the_best_so_far(make_loop, alone, tmp_path):
+    keeper = BestKeeper(tmp_path, {"domain": SourceWeights(1.0, 0.0, 0.0)}, alone, start=0)
+    loop, _, saved = make_loop(keeper=keeper, evaluate_every=1)
+    losses = iter((9.0, 8.0, 8.5, 7.0, 7.5))  # at steps 0 to 4
+    loop.parts.evaluate = lambda: {"domain": {"loss": next(losses)}}
+    loop.run()
+    assert loop._forecast._spent.improved == [True, False, True, False]  # step 0 saves nothing
+    assert saved == [1, 3, 4]
+
+
+def test_a_held_out_number_that_rounds_to_zero_has_no_sign_and_its_record_is_true(
+    make_loop, monkeypatch
+):
+    loop, _, _ = make_loop(max_steps=1, evaluate_every=1)
+    loop.parts.evaluate = lambda: {"domain": {"loss": 2.0, "kd": -1e-7}}
+    lines = []
+    monkeypatch.setattr(loop_module.log, "info", lambda text, *values: lines.append(text % values))
+    loop.run()
+    assert "held-out domain at step 0: loss 2.0000  kd 0.0000" in lines
+    assert next(r for r in loop.parts.recorder if "eval" in r)["eval"]["domain"]["kd"] == -1e-7

@@ -1,9 +1,11 @@
-"""Exact top K and log-sum-exp of float32 logits that are read once.
+"""Exact top K, log-sum-exp and tails of float32 logits that are read once.
 
-Reading leaves the largest logit of every 64 and their sum of exponentials. The K largest logits
-lie in the K blocks whose largest are largest (of equal ones, in the blocks further left), so one
-program a row picks those blocks, and another picks K of their 64 K logits. Both look for the
-K-th largest value bit by bit, counting: 32 counts of registers cost less than sorting them.
+Reading leaves the largest logit of every 64 and their sums of exponentials at the temperatures 1,
+2 and 4 (``TAIL_TEMPERATURES``), all from one exponential: that at 4 squared is that at 2. The K
+largest logits lie in the K blocks whose largest are largest (of equal ones, in the blocks further
+left), so one program a row picks those blocks, and another picks K of their 64 K logits. Both look
+for the K-th largest value bit by bit, counting: 32 counts of registers cost less than sorting
+them.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Shape letters in this file: C positions of a chunk, V vocabulary, B blocks of 64, K kept.
+# Shape letters in this file: C positions of a chunk, V vocabulary, B blocks of 64, K kept,
+# T temperatures of the tails, in their order.
 
 BLOCKS_A_PROGRAM = 64
 KEYS_A_WARP = 512  # 16 a thread: counting them 32 times wants registers, and many rows at once
 WIDTH: tl.constexpr = tl.constexpr(64)
 
+_LOG2E_4: tl.constexpr = tl.constexpr(1.4426950408889634 / 4)
 _LOWEST: tl.constexpr = tl.constexpr(-3.0e38)  # finite: -inf minus itself is not a number
 _LEAST: tl.constexpr = tl.constexpr(-0x80000000)
 _NOWHERE: tl.constexpr = tl.constexpr(0x7FFFFFFF)
@@ -54,41 +58,62 @@ def _chosen(key, K):
 
 
 @triton.jit
+def _powers(difference):
+    """Exponentials of a difference of logits at the temperatures 1, 2 and 4."""
+    fourth = tl.exp2(difference * _LOG2E_4)
+    second = fourth * fourth
+    return second * second, second, fourth
+
+
+@triton.jit
 def block_kernel(logits, tops, sums, programs, vocabulary, blocks, BLOCK_B: tl.constexpr):
-    """Largest logit of each block of one row, and the sum of exponentials relative to it."""
+    """Largest logit of each block of one row, and the sums of exponentials relative to it.
+
+    ``sums [C, T, B]``.
+    """
     row = tl.program_id(0) // programs
     block = (tl.program_id(0) % programs) * BLOCK_B + tl.arange(0, BLOCK_B)
     column = block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     source = logits + row.to(tl.int64) * vocabulary + column
     value = tl.load(source, column < vocabulary, float("-inf"))
     top = tl.maximum(tl.max(value, 1), _LOWEST)
-    total = tl.sum(tl.exp(value - top[:, None]), 1)
+    first, second, fourth = _powers(value - top[:, None])
     tl.store(tops + row * blocks + block, top, block < blocks)
-    tl.store(sums + row * blocks + block, total, block < blocks)
+    target = sums + row * (3 * blocks) + block
+    tl.store(target, tl.sum(first, 1), block < blocks)
+    tl.store(target + blocks, tl.sum(second, 1), block < blocks)
+    tl.store(target + 2 * blocks, tl.sum(fourth, 1), block < blocks)
 
 
 @triton.jit
 def choose_blocks_kernel(tops, sums, chosen, rests, blocks, K: tl.constexpr, BLOCK: tl.constexpr):
     """The K best blocks of one row, ascending, and what the others add to the sums.
 
-    ``rests [3, C]``: 0 log-sum-exp of the row less its largest logit, 1 largest logit of the
-    other blocks, 2 their sum of exponentials relative to it.
+    ``rests [2 + T, C]``: 0 log-sum-exp of the row less its largest logit, 1 largest logit of the
+    other blocks, then their sums of exponentials relative to it.
     """
     row = tl.program_id(0)
     rows = tl.num_programs(0)
     place = tl.arange(0, BLOCK)
     inside = place < blocks
     top = tl.load(tops + row * blocks + place, inside, _LOWEST)
-    total = tl.load(sums + row * blocks + place, inside, 0.0)
     taken, rank = _chosen(tl.where(inside, _ordered(top), _LEAST), K)
     tl.store(chosen + row * K + rank, place, taken)
+    source = sums + row * (3 * blocks) + place
+    total = tl.load(source, inside, 0.0)
     best = tl.max(top, 0)
     tl.store(rests + row, tl.log(tl.sum(total * tl.exp(top - best), 0)))
-    rest = tl.where(inside & (taken == 0), top, _LOWEST)
+    left = inside & (taken == 0)
+    rest = tl.where(left, top, _LOWEST)
     rest_top = tl.max(rest, 0)
-    share = tl.where(taken, 0.0, total * tl.exp(rest - rest_top))
-    tl.store(rests + rows + row, rest_top)
-    tl.store(rests + 2 * rows + row, tl.sum(share, 0))
+    first, second, fourth = _powers(rest - rest_top)
+    target = rests + rows + row
+    tl.store(target, rest_top)
+    tl.store(target + rows, tl.sum(tl.where(left, total * first, 0.0), 0))
+    total = tl.load(source + blocks, left, 0.0)
+    tl.store(target + 2 * rows, tl.sum(total * second, 0))
+    total = tl.load(source + 2 * blocks, left, 0.0)
+    tl.store(target + 3 * rows, tl.sum(total * fourth, 0))
 
 
 @triton.jit
@@ -106,8 +131,8 @@ def choose_logits_kernel(
 ):
     """The K best logits in the chosen blocks of one row, in the order of their ids, and the tail.
 
-    ``tails [2, C]``: the largest logit of all but these K, and the sum of exponentials of all
-    but these K relative to it: a sum of positive terms.
+    ``tails [1 + T, C]``: the largest logit of all but these K, and the sums of exponentials of
+    all but these K relative to it: sums of positive terms.
     """
     row = tl.program_id(0)
     rows = tl.num_programs(0)
@@ -120,13 +145,20 @@ def choose_logits_kernel(
     taken, rank = _chosen(tl.where(inside, _ordered(value), _LEAST), K)
     tl.store(ids + row * K + rank, column, taken)
     tl.store(values + row * K + rank, value, taken)
-    rest_top = tl.load(rests + rows + row)
-    rest_sum = tl.load(rests + 2 * rows + row)
+    source = rests + rows + row
+    rest_top = tl.load(source)
     left = tl.where(taken, float("-inf"), value)
     top = tl.maximum(tl.max(left, 0), rest_top)
-    total = tl.sum(tl.exp(left - top), 0) + rest_sum * tl.exp(rest_top - top)
-    tl.store(tails + row, top)
-    tl.store(tails + rows + row, total)
+    first, second, fourth = _powers(left - top)
+    rest_first, rest_second, rest_fourth = _powers(rest_top - top)
+    target = tails + row
+    tl.store(target, top)
+    rest = tl.load(source + rows) * rest_first
+    tl.store(target + rows, tl.sum(first, 0) + rest)
+    rest = tl.load(source + 2 * rows) * rest_second
+    tl.store(target + 2 * rows, tl.sum(second, 0) + rest)
+    rest = tl.load(source + 3 * rows) * rest_fourth
+    tl.store(target + 3 * rows, tl.sum(fourth, 0) + rest)
 
 
 @triton.jit
@@ -139,13 +171,16 @@ def finish_kernel(
     tails,
     ids,
     logprobs,
-    tail_logprobs,
+    tail_sums,
     nlls,
     vocabulary,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sort one row's K entries, and turn everything into log-probabilities."""
+    """Sort one row's K entries, and turn everything into logarithms of probabilities.
+
+    ``tail_sums [C, T]``.
+    """
     row = tl.program_id(0)
     rows = tl.num_programs(0)
     place = tl.arange(0, BLOCK_K)
@@ -160,8 +195,12 @@ def finish_kernel(
     log_sum = tl.load(rests + row)
     tl.store(ids + row * K + place, token.to(tl.int64), place < K)
     tl.store(logprobs + row * K + place, (value - best) - log_sum, place < K)
-    tail = (tl.load(tails + row) - best) - log_sum
-    tl.store(tail_logprobs + row, tail + tl.log(tl.load(tails + rows + row)))
+    top = (tl.load(tails + row) - best) - log_sum
+    scale = 1.0
+    for index in tl.static_range(3):
+        total = tl.load(tails + (index + 1) * rows + row)
+        tl.store(tail_sums + row * 3 + index, top * scale + tl.log(total))
+        scale *= 0.5
     label = tl.load(labels + row)
     valid = (label >= 0) & (label < vocabulary)
     logit = tl.load(logits + row.to(tl.int64) * vocabulary + label, valid, float("nan"))
@@ -182,32 +221,32 @@ def top_k_of_logits(
     kept = min(k, blocks)
     programs = triton.cdiv(blocks, BLOCKS_A_PROGRAM)
     tops_CB = logits_CV.new_empty(rows, blocks)
-    sums_CB = logits_CV.new_empty(rows, blocks)
+    sums_CTB = logits_CV.new_empty(rows, 3, blocks)
     chosen_CB = logits_CV.new_empty(rows, kept, dtype=torch.int32)
-    rests_3C = logits_CV.new_empty(3, rows)
-    tails_2C = logits_CV.new_empty(2, rows)
+    rests_5C = logits_CV.new_empty(5, rows)
+    tails_4C = logits_CV.new_empty(4, rows)
     found_CK = logits_CV.new_empty(rows, k, dtype=torch.int32)
     values_CK = logits_CV.new_empty(rows, k)
     ids_CK = logits_CV.new_empty(rows, k, dtype=torch.int64)
     logprobs_CK = logits_CV.new_empty(rows, k)
-    tail_C, nll_C = logits_CV.new_empty(rows), logits_CV.new_empty(rows)
+    tails_CT, nll_C = logits_CV.new_empty(rows, 3), logits_CV.new_empty(rows)
     block_kernel[(rows * programs,)](
-        logits_CV, tops_CB, sums_CB, programs, vocabulary, blocks,
+        logits_CV, tops_CB, sums_CTB, programs, vocabulary, blocks,
         BLOCK_B=BLOCKS_A_PROGRAM, num_warps=4,
     )  # fmt: skip
     width = triton.next_power_of_2(blocks)
     choose_blocks_kernel[(rows,)](
-        tops_CB, sums_CB, chosen_CB, rests_3C, blocks,
+        tops_CB, sums_CTB, chosen_CB, rests_5C, blocks,
         K=kept, BLOCK=width, num_warps=warps_for(width),
     )  # fmt: skip
     width = triton.next_power_of_2(kept)
     choose_logits_kernel[(rows,)](
-        logits_CV, chosen_CB, rests_3C, found_CK, values_CK, tails_2C, vocabulary,
+        logits_CV, chosen_CB, rests_5C, found_CK, values_CK, tails_4C, vocabulary,
         B=kept, K=k, BLOCK_B=width, num_warps=warps_for(width * WIDTH.value),
     )  # fmt: skip
     finish_kernel[(rows,)](
-        logits_CV, labels_C, found_CK, values_CK, rests_3C, tails_2C,
-        ids_CK, logprobs_CK, tail_C, nll_C, vocabulary,
+        logits_CV, labels_C, found_CK, values_CK, rests_5C, tails_4C,
+        ids_CK, logprobs_CK, tails_CT, nll_C, vocabulary,
         K=k, BLOCK_K=triton.next_power_of_2(k), num_warps=1,
     )  # fmt: skip
-    return ids_CK, logprobs_CK, tail_C, nll_C
+    return ids_CK, logprobs_CK, tails_CT, nll_C

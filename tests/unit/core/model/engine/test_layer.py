@@ -62,10 +62,18 @@ def inputs():
     return ids, positions
 
 
-def run(model, *, train_router, router_loss, embeddings_grad=False, shared_experts=True):
+def run(
+    model,
+    *,
+    train_router,
+    router_loss,
+    train_router_bias=False,
+    embeddings_grad=False,
+    shared_experts=True,
+):
     """A scalar of everything that flows out, and its gradients."""
     ids, positions = inputs()
-    names = trainable_names(model, train_router=train_router)
+    names = trainable_names(model, train_router=train_router, train_router_bias=train_router_bias)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
         parameter.grad = None
@@ -120,6 +128,30 @@ def test_routers_and_the_input_have_their_gradients(pair, kept, train_router, em
         "embeddings_grad": embeddings_grad,
     }
     assert_same(run(fused, **settings), run(plain, **settings))
+
+
+@pytest.mark.parametrize("bias_alone", [True, False])
+def test_the_router_weight_has_a_gradient_computed_only_if_it_trains(pair, monkeypatch, bias_alone):
+    from nexus_cli.core.model.gpt_oss.engine import layer
+
+    plain, engine, fused = pair
+    engine.kept = (Kept(),) * 2
+    calls, original = [], layer.weight_gradient
+
+    def note(*args):
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(layer, "weight_gradient", note)
+    settings = {
+        "train_router": not bias_alone,
+        "train_router_bias": bias_alone,
+        "router_loss": True,
+    }
+    ours = run(fused, **settings)
+    assert len(calls) == (0 if bias_alone else 2)
+    assert sum(name.endswith("router.bias") for name in ours[1]) == 2
+    assert_same(ours, run(plain, **settings))
 
 
 def test_without_shared_experts_the_layers_are_the_original_ones(pair):

@@ -166,13 +166,14 @@ class _DecoderLayer(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         done, (router_weight, router_bias, *shared) = _restore(ctx)
         expert = SharedExpert(*shared) if shared else None
-        needs_x, needs_router = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:6])
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[3:6]
         layer, positions = ctx.layer, ctx.positions
         if grad_TH is None:  # only the router's logits were used
             grad_TH = torch.zeros_like(done.x_TH)
         grad_TH = grad_TH.contiguous()
         with torch.autocast(grad_TH.device.type, enabled=False):
-            router = (router_weight, router_bias) if needs_x or needs_router else None
+            below = needs_x or needs_weight or needs_bias
+            router = (router_weight, router_bias) if below else None
             normed_TH, rstd_T = _redo(layer, positions, done, router, expert)
             down = _ExpertsBackward(layer, done, normed_TH, grad_TH)
             shared_grads: tuple[Tensor | None, ...] = ()
@@ -181,7 +182,11 @@ class _DecoderLayer(torch.autograd.Function):
             router_grads: tuple[Tensor | None, Tensor | None] = (None, None)
             if router is not None:
                 router_grads = down.through_routed(
-                    router, grad_logits_TE, needs_x=needs_x, needs_router=needs_router
+                    router,
+                    grad_logits_TE,
+                    needs_x=needs_x,
+                    needs_weight=needs_weight,
+                    needs_bias=needs_bias,
                 )
             grad_x_TH = None
             if needs_x:
@@ -361,7 +366,8 @@ class _ExpertsBackward:
         grad_logits_TE: Tensor | None,
         *,
         needs_x: bool,
-        needs_router: bool,
+        needs_weight: bool,
+        needs_bias: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
         done, (weight_EH, bias_E) = self._done, router
         assert done.routing is not None
@@ -394,13 +400,13 @@ class _ExpertsBackward:
                 if self._beside_TH is None
                 else torch.addmm(self._beside_TH, logits_TE, weight_EH)
             )
-        if not needs_router:
-            return None, None
-        bias_grad = logits_TE.sum(0, dtype=torch.promote_types(bias_E.dtype, torch.float32))
-        return (
-            weight_gradient(logits_TE, self._normed_TH, router[0].dtype),
-            bias_grad.to(bias_E.dtype),
-        )
+        weight_grad = bias_grad = None
+        if needs_weight:
+            weight_grad = weight_gradient(logits_TE, self._normed_TH, router[0].dtype)
+        if needs_bias:
+            wide = torch.promote_types(bias_E.dtype, torch.float32)
+            bias_grad = logits_TE.sum(0, dtype=wide).to(bias_E.dtype)
+        return weight_grad, bias_grad
 
     def through_norm(self, rstd_T: Tensor) -> Tensor:
         """Gradient of the sum after attention ``[T, H]``, its own path included."""
