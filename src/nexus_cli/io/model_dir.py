@@ -139,7 +139,10 @@ def weight_map(path: Path) -> dict[str, str]:
     if (path / INDEX).is_file():
         listed = read_json(path / INDEX).get("weight_map")
         if not isinstance(listed, dict) or not listed:
-            raise ArtifactError(f"{path / INDEX} has no weight_map")
+            raise ArtifactError(
+                f"{path / INDEX} has no weight_map",
+                hint="use the index that was published with the shards",
+            )
         files = {str(key): str(name) for key, name in listed.items()}
     elif (path / SINGLE).is_file():
         files = {key: SINGLE for key in read_header(path / SINGLE) if key != "__metadata__"}
@@ -149,9 +152,15 @@ def weight_map(path: Path) -> dict[str, str]:
         )
     for name in sorted(set(files.values())):
         if Path(name).name != name or name in ("", ".", ".."):
-            raise ArtifactError(f"{path / INDEX} points outside its folder: {name!r}")
+            raise ArtifactError(
+                f"{path / INDEX} points outside its folder: {name!r}",
+                hint="use the index that was published with the shards",
+            )
         if not (path / name).is_file():
-            raise ArtifactError(f"{path} lacks the shard {name} that its index lists")
+            raise ArtifactError(
+                f"{path} lacks the shard {name} that its index lists",
+                hint="download it, or link it again if the folder that held it has moved",
+            )
     return files
 
 
@@ -166,15 +175,23 @@ def read_header(shard: Path) -> dict[str, Any]:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(size - 8, 100_000_000):
-            raise ArtifactError(f"{shard} is not a safetensors file, or is truncated")
+            raise ArtifactError(
+                f"{shard} is not a safetensors file, or is truncated", hint="download it again"
+            )
         try:
             header = dict(json.loads(file.read(length)))
             spans = (v["data_offsets"] for k, v in header.items() if k != "__metadata__")
             end = max((int(stop) for _, stop in spans), default=0)
         except (ValueError, TypeError, KeyError) as error:
-            raise ArtifactError(f"{shard} has a damaged header") from error
-    if size != 8 + length + end:
-        raise ArtifactError(f"{shard} is truncated: {size} bytes of {8 + length + end}")
+            raise ArtifactError(
+                f"{shard} has a damaged header", hint="download it again"
+            ) from error
+    whole = 8 + length + end
+    if size != whole:
+        raise ArtifactError(
+            f"{shard} is {'truncated' if size < whole else 'too long'}: {size} bytes of {whole}",
+            hint="download it again",
+        )
     return header
 
 

@@ -1,4 +1,4 @@
-"""Compare the tensors of two model folders by their bytes, without loading either."""
+"""Where the tensors of a model folder lie, their bytes, and whether two folders hold the same."""
 
 from __future__ import annotations
 
@@ -44,6 +44,47 @@ def tensors(path: Path) -> dict[str, Tensor]:
     return {key: headers[name].tensor(key) for key, name in files.items()}
 
 
+def misplaced(path: Path) -> str | None:
+    """What a shard holds though the index does not place it there, in words; ``None`` if nothing.
+
+    transformers reads every tensor of every shard, so that a stale one of the same name would win
+    over the listed one, or lose to it.
+
+    Raises:
+        ArtifactError: as :func:`tensors`.
+    """
+    files = weight_map(path)
+    for name in sorted(set(files.values())):
+        for key in read_header(path / name).keys() - {"__metadata__"}:
+            if files.get(key) != name:
+                return f"{name} holds {key}, which the index lists in {files.get(key, 'no shard')}"
+    return None
+
+
+def read_into(shard: Path, begin: int, into: memoryview) -> None:
+    """Fill ``into`` with a file's bytes from ``begin`` on.
+
+    Unlike a map of the file, this leaves nothing of it in the process's resident memory.
+
+    Raises:
+        ArtifactError: the file cannot be read, or ends too early.
+    """
+    left = into
+    try:
+        with shard.open("rb", buffering=0) as file:
+            file.seek(begin)
+            while left and (count := file.readinto(left)):
+                left = left[count:]
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot read {shard}: {error.strerror or error}", hint="check the disk that it is on"
+        ) from error
+    if left:
+        raise ArtifactError(
+            f"{shard} is truncated: {len(left)} bytes are missing", hint="download it again"
+        )
+
+
 def num_parameters(found: dict[str, Tensor]) -> int:
     """Parameters as people count them: two to a byte of an MXFP4 block, none to its scales."""
     return sum(
@@ -78,7 +119,10 @@ class _Header:
 
     def tensor(self, key: str) -> Tensor:
         if key not in self.entries:
-            raise ArtifactError(f"{self.shard} lacks the tensor {key} that its index lists")
+            raise ArtifactError(
+                f"{self.shard} lacks the tensor {key} that its index lists",
+                hint="download the index and all shards of one model",
+            )
         entry = self.entries[key]
         begin, end = (self.start + offset for offset in entry["data_offsets"])
         return Tensor(self.shard, begin, end, entry["dtype"], tuple(entry["shape"]))

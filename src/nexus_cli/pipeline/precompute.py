@@ -188,8 +188,13 @@ def _write_shards(
                 behind.run(partial(_write, writer, records, shard, span, answer))
     except DiskFullError as error:
         return Written(records, str(error))
-    share = behind.waited / (perf_counter() - started)  # the last shard's end is waited for too
-    log.info("the teacher waited for the disk %.1f%% of the time", 100 * share)
+    seconds = perf_counter() - started  # the last shard's end is waited for too
+    tokens = plan.seq_len * sum(len(plan.shard_rows(shard)) for shard in missing)
+    log.info(
+        "%s tokens a second; the teacher waited for the disk %.1f%% of the time",
+        f"{tokens / seconds:,.0f}",
+        100 * behind.waited / seconds,
+    )
     return Written(records)
 
 

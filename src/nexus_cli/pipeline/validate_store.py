@@ -40,7 +40,7 @@ MAX_SUM_ERROR = 1e-6
 MAX_NLL_ERROR = 1e-3  # nats
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 1.0)
 _ROWS_AT_ONCE = 32
-_ROUNDING = 1 / RATIO_STEPS / math.sqrt(12)  # nats: of one position's code, as a deviation
+_NLL_STEPS = 64  # within a factor of two: six bits of mantissa
 _OUT_OF_MEMORY = "use a smaller --set store_rows, or name another --device"
 
 
@@ -124,9 +124,10 @@ def _contents(store: TeacherStore, figures: dict[str, Any]) -> list[Check]:
     figures["entries"] = _distribution(counts_K)
     figures["teacher_perplexity"] = math.exp(nll_sum / held)
     nll = manifest.teacher_nll or 0.0
+    difference, limit = nll_sum / held - nll, _nll_limit(nll, held)
     return [
         _below("largest difference of a sum of probabilities from 1", worst, MAX_SUM_ERROR),
-        _below("mean nll read less the one written, nats", nll_sum / held - nll, _nll_limit(held)),
+        _below("mean nll read less the one written, nats", difference, limit),
     ]
 
 
@@ -161,12 +162,9 @@ def _live(
         "same_likeliest_token": sums[3] / held,
         "routing_agreement": sums[4] / held if plan.experts[0] else None,
     }
-    difference = (sums[2] - sums[1]) / held
-    return [
-        _below(
-            "mean nll of the live teacher less the stored one, nats", difference, _nll_limit(held)
-        )
-    ]
+    stored, live = sums[1] / held, sums[2] / held
+    name = "mean nll of the live teacher less the stored one, nats"
+    return [_below(name, live - stored, _nll_limit(stored, held))]
 
 
 def _compare(
@@ -188,9 +186,13 @@ def _compare(
     return [float(len(stored)), float(stored.nll_M.sum()), float(live.nll_M.sum()), same, routed]
 
 
-def _nll_limit(held: float) -> float:
-    """What a difference of means may be, with what the rounding of the codes makes of it."""
-    return MAX_NLL_ERROR + 3 * _ROUNDING / math.sqrt(held)
+def _nll_limit(nll: float, held: float) -> float:
+    """What a difference of means may be, with three deviations of what the codes' rounding makes.
+
+    A token that is kept has its code's step, another one that of its nll.
+    """
+    step = max(1 / RATIO_STEPS, nll / _NLL_STEPS)
+    return MAX_NLL_ERROR + 3 * step / math.sqrt(12 * held)
 
 
 def _below(name: str, value: float, limit: float) -> Check:

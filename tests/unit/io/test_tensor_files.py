@@ -72,3 +72,22 @@ def test_an_index_that_names_a_tensor_its_shard_lacks_is_refused(tmp_path: Path)
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ArtifactError, match="lacks the tensor b"):
         tensor_files.tensors(base)
+
+
+def test_a_tensor_that_the_index_does_not_place_in_its_shard_is_named(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", a=WEIGHT, b=WEIGHT)
+    assert tensor_files.misplaced(base) is None
+    index = {"weight_map": {"a": "model.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    problem = tensor_files.misplaced(base)
+    assert problem == "model.safetensors holds b, which the index lists in no shard"
+
+
+def test_bytes_are_read_from_where_they_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(100)))
+    into = bytearray(10)
+    tensor_files.read_into(path, 42, memoryview(into))
+    assert bytes(into) == bytes(range(42, 52))
+    with pytest.raises(ArtifactError, match="truncated: 5 bytes are missing"):
+        tensor_files.read_into(path, 95, memoryview(into))

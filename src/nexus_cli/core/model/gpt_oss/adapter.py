@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nexus_cli.core.model.gpt_oss.export import (
@@ -21,6 +21,7 @@ from nexus_cli.core.model.gpt_oss.export import (
     merged_tensors,
     write_model_directory,
 )
+from nexus_cli.core.model.gpt_oss.shard import write_shard
 from nexus_cli.core.model.gpt_oss.surgery import ROUTER, SHARED_EXPERT
 from nexus_cli.errors import ArtifactError, ConfigError
 from nexus_cli.io import adapter_dir, manifest, model_dir
@@ -65,7 +66,7 @@ def write_adapter(target: Path, model: Path, tensors: Mapping[str, Tensor] | Non
     shape, (base, conversion) = read_sizes(model), read_conversion(model)
     with disk_errors(target), atomic_directory(target) as folder:
         file = folder / adapter_dir.TENSORS
-        save_file(merged_tensors(model, tensors or {}), file, metadata={"format": "pt"})
+        write_shard(file, merged_tensors(model, tensors or {}))
         _check_layout(model, file, shape)
         for licence in sorted(model.iterdir()):
             if licence.name.startswith(LICENCES) and licence.is_file():

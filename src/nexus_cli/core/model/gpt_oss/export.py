@@ -9,17 +9,19 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nexus_cli.core.model.gpt_oss import modeling_nexus_gpt_oss as modeling
+from nexus_cli.core.model.gpt_oss.shard import TensorStream, write_shard
 from nexus_cli.core.model.gpt_oss.surgery import ROUTER
 from nexus_cli.errors import ArtifactError, ResourceError
-from nexus_cli.io import model_dir
+from nexus_cli.io import console, model_dir
 from nexus_cli.io.atomic import atomic_directory
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class SharedExpertShape:
 def write_model_directory(
     target: Path,
     base: Path,
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor] | TensorStream,
     *,
     shape: SharedExpertShape | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -58,8 +60,9 @@ def write_model_directory(
     Args:
         target: the new folder. A Nexus model already there is replaced.
         base: a GPT-OSS folder, or one that this function wrote.
-        tensors: the new shard. They win over tensors of the base of the same name. What else
-            the new shard of ``base`` holds, such as a router trained before, stays.
+        tensors: the new shard; a stream is written as its tensors are made. They win over
+            tensors of the base of the same name. What else the new shard of ``base`` holds, such
+            as a router trained before, stays.
         shape: of the shared expert; the base's own by default.
         metadata: content of ``conversion_metadata.json``; the base's own by default.
         link: ``hard`` links (symbolic where those are refused, which is logged), or ``copy``.
@@ -76,12 +79,12 @@ def write_model_directory(
     with disk_errors(target), atomic_directory(target) as folder:
         renamed = _place_shards(folder, base, sorted(set(kept.values())), link)
         stored = merged_tensors(base, tensors)
-        if stored:
-            save_file(stored, folder / NEXUS_SHARD, metadata={"format": "pt"})
+        if stored.layout:
+            write_shard(folder / NEXUS_SHARD, stored)
         placed = {key: renamed[name] for key, name in kept.items()}
-        _write_index(folder, placed | dict.fromkeys(stored, NEXUS_SHARD))
-        _write_config(folder, base, shape)
+        _write_index(folder, placed | dict.fromkeys(stored.layout, NEXUS_SHARD))
         _place_companions(folder, base, metadata)
+        _write_config(folder, base, shape)  # last: without it what a kill leaves is no model
 
 
 @contextmanager
@@ -93,27 +96,38 @@ def disk_errors(target: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error  # safetensors hides the system's error
+    except OSError as error:
         raise ResourceError(
-            f"cannot write {target}: {reason}",
+            f"cannot write {target}: {error.strerror or error}",
             hint="free some disk space, or choose another --output",
         ) from error
 
 
-def merged_tensors(base: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` on the CPU, and what else the new shard of the folder ``base`` holds."""
-    stored = {key: old for key, old in nexus_tensors(base).items() if key not in tensors}
-    return stored | {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+def merged_tensors(base: Path, tensors: Mapping[str, Tensor] | TensorStream) -> TensorStream:
+    """``tensors``, and what else the new shard of the folder ``base`` holds.
+
+    Raises:
+        ArtifactError: that shard is damaged.
+    """
+    new = tensors if isinstance(tensors, TensorStream) else TensorStream.of(tensors)
+    old = {key: tensor for key, tensor in nexus_tensors(base).items() if key not in new.layout}
+    return TensorStream(old | dict(new.layout), chain(old.items(), new.tensors))
 
 
 def nexus_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of the shard that Nexus wrote into a model folder; none for a base model."""
+    """The tensors of the shard that Nexus wrote into a model folder; none for a base model.
+
+    Raises:
+        ArtifactError: the shard is damaged.
+    """
     shard = path / NEXUS_SHARD
     if not shard.is_file():
         return {}
     model_dir.read_header(shard)
-    return load_file(shard)
+    try:
+        return load_file(shard)
+    except SafetensorError as error:
+        raise ArtifactError(f"cannot read {shard}: {error}", hint="copy it again") from error
 
 
 def original_routers(path: Path) -> dict[str, Tensor]:
@@ -148,7 +162,7 @@ def _place_shards(folder: Path, base: Path, names: list[str], link: LinkMode) ->
     index.
     """
     renamed = {}
-    for name in names:
+    for name in console.progress(names, "copying shards") if link == "copy" else names:
         renamed[name] = "model-00001-of-00001.safetensors" if name == model_dir.SINGLE else name
         _place(base / name, folder / renamed[name], link)
     return renamed

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 
 import torch
 from torch import Generator, Tensor
 
-from nexus_cli.core.model.gpt_oss.slices import ExpertReader, ExpertWeights
+from nexus_cli.core.model.gpt_oss.slices import ExpertReader, ExpertSum, ExpertWeights, row_workers
 
 # Shape letters in this file: H hidden, I width of the shared expert, U of a routed one, E experts.
 
 INITIAL_STD = 0.02
+
+
+def empty_expert(hidden_size: int, width: int) -> ExpertWeights:
+    """Weights of no particular values, on torch's default device."""
+    return ExpertWeights(
+        gate_IH=torch.empty(width, hidden_size),
+        gate_bias_I=torch.empty(width),
+        up_IH=torch.empty(width, hidden_size),
+        up_bias_I=torch.empty(width),
+        down_HI=torch.empty(hidden_size, width),
+        down_bias_H=torch.empty(hidden_size),
+    )
 
 
 def random_expert(hidden_size: int, width: int, generator: Generator) -> ExpertWeights:
@@ -32,29 +43,20 @@ def random_expert(hidden_size: int, width: int, generator: Generator) -> ExpertW
 
 
 def read_average(reader: ExpertReader, places: Sequence[tuple[int, int]]) -> ExpertWeights:
-    """The mean of each tensor over experts at ``(layer, expert)``, one in memory at a time, fp32.
+    """The mean of each tensor over experts at ``(layer, expert)``, summed one by one in float32.
 
     Hidden units of different experts need not correspond, so their mean may be far from any
     of them; that is what the original does.
 
     Raises:
+        ArtifactError: a shard cannot be read.
         ValueError: ``places`` is empty.
     """
-    total: ExpertWeights | None = None
-    for layer, expert in places:
-        weights = reader.expert(layer, expert)
-        if total is None:
-            total = ExpertWeights(
-                **{f.name: getattr(weights, f.name).clone() for f in fields(ExpertWeights)}
-            )
-            continue
-        for field in fields(ExpertWeights):
-            getattr(total, field.name).add_(getattr(weights, field.name))
-    if total is None:
-        raise ValueError("no expert to average")
-    return ExpertWeights(
-        **{f.name: getattr(total, f.name).div_(len(places)) for f in fields(ExpertWeights)}
-    )
+    total = ExpertSum(reader.shape.intermediate_size, reader.shape.hidden_size)
+    with row_workers() as workers:
+        for packed in reader.stream(places):
+            total.add(packed, workers)
+    return total.mean()
 
 
 def fit_width(expert: ExpertWeights, width: int, generator: Generator) -> ExpertWeights:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nexus_cli.errors import ArtifactError
+from nexus_cli.io import tensor_files
 from nexus_cli.io.tensor_files import Tensor as Stored
 
 PIECE = 2**25  # bytes; a multiple of every item size, and small beside the host's memory
@@ -194,13 +195,4 @@ class _Staging:
 
 def _read(piece: _Piece, into_N: Tensor) -> None:
     """Fill host memory (uint8) with the piece's bytes."""
-    left = into_N.numpy().data
-    try:
-        with piece.shard.open("rb", buffering=0) as file:
-            file.seek(piece.begin)
-            while left and (count := file.readinto(left)):
-                left = left[count:]
-    except OSError as error:
-        raise ArtifactError(f"cannot read {piece.shard}: {error.strerror or error}") from error
-    if left:
-        raise ArtifactError(f"{piece.shard} is truncated: {len(left)} bytes are missing")
+    tensor_files.read_into(piece.shard, piece.begin, into_N.numpy().data)
