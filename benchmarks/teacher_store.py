@@ -331,11 +331,11 @@ def loader(batch_size: int = 4, seq_len: int = 512) -> dict[str, float]:
         )
         steps = steps_of(metrics(folder / "run"))[1:]
         step = float(np.median([sum(record["seconds"].values()) for record in steps]))
-        store = open_store(locate(store_dir))
-        teacher = StoreTeacher(store)
-        order = np.random.default_rng(0).permutation(len(store))
+        order = np.random.default_rng(0).permutation(len(open_store(locate(store_dir))))
 
         def read() -> None:
+            store = open_store(locate(store_dir))  # afresh: it remembers what it has decoded
+            teacher = StoreTeacher(store)
             for start in range(0, len(order), batch_size):
                 teacher.signal(stored_batch(store, order[start : start + batch_size]))
 

@@ -624,3 +624,9 @@ def test_a_full_device_is_said_with_its_numbers(settings, tmp_path, monkeypatch,
     with pytest.raises(ResourceError, match=r"on cpu: 3\.00 GiB were asked for; ") as caught:
         precompute.run(settings(), Workspace(tmp_path))
     assert "--batch-size" in caught.value.hint
+
+
+def test_a_store_is_written_to_this_machine(settings):
+    for output in ("s3://bucket/store", "gs:/bucket/store"):
+        with pytest.raises(ValueError, match="no folder of this machine"):
+            settings(output=output)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nexus_cli.config.base import ConfigModel, RuntimeConfig
 from nexus_cli.config.shared import EMBEDDED, Dtype, TextData
+
+REMOTE = re.compile(r"[a-z0-9+]{2,}:/")  # pathlib has taken one of its slashes
 
 
 class PrecomputeConfig(ConfigModel):
@@ -45,6 +48,16 @@ class PrecomputeConfig(ConfigModel):
     )
     dtype: Dtype = Field("auto", description="The teacher runs in this; auto: bfloat16 on a GPU.")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+
+    @field_validator("output")
+    @classmethod
+    def _here(cls, value: Path | None) -> Path | None:
+        if value is not None and REMOTE.match(str(value)):
+            raise ValueError(
+                f"{value} is no folder of this machine: write the store here, copy it there, and "
+                "read it with train-offline from there"
+            )
+        return value
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -156,6 +156,9 @@ class TeacherConfig(ConfigModel):
         None,
         description="Teacher store that nexus precompute wrote: a folder, or s3://, gs://, hf://.",
     )
+    shuffle: bool = Field(
+        False, description="Read a store in random order from the first pass on, not the second."
+    )
     tail: Literal["bucket", "samples"] = Field(
         "bucket",
         description="Of the tokens that a store does not keep: their mass in one bucket, or the "

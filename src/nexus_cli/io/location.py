@@ -80,6 +80,16 @@ class Location:
             raise missing(self.shown)
         return int(info.size)
 
+    def sizes(self) -> dict[str, int]:
+        """Names and bytes of the files in a folder, asked for at once; none if it is not there.
+
+        Raises:
+            ResourceError: it cannot be read.
+        """
+        with reading(self):
+            found = self.filesystem.get_file_info(fs.FileSelector(self.path, allow_not_found=True))
+        return {info.base_name: int(info.size) for info in found if info.type == fs.FileType.File}
+
     def open(self) -> pa.NativeFile:
         """The file for random access, mapped into memory where it is local.
 

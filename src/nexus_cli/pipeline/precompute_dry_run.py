@@ -19,6 +19,7 @@ from nexus_cli.pipeline.world import open_world
 
 _CHUNK = 2048  # positions whose logits exist at once, as top_k has it
 _LOGIT_BUFFERS = 3
+_BYTES_A_DRAW = 12 * 1024  # of a sample of the tail, beside the logits
 
 
 def describe(config: PrecomputeConfig, teacher: Artifact, shape: ModelShape, folder: Path) -> None:
@@ -76,7 +77,8 @@ def _memory_bytes(
     layer = place.forward_bytes(teacher.path, config.batch_size, config.data.seq_len)
     positions = min(_CHUNK, config.batch_size * config.data.seq_len)
     logits = _LOGIT_BUFFERS * positions * shape.vocab_size * 4
-    return place.weight_bytes(teacher.path) + layer + logits
+    samples = _BYTES_A_DRAW * positions * config.tail_samples
+    return place.weight_bytes(teacher.path) + layer + logits + samples
 
 
 def _kept(config: PrecomputeConfig, shape: ModelShape) -> str:
@@ -84,4 +86,4 @@ def _kept(config: PrecomputeConfig, shape: ModelShape) -> str:
     if config.top_p >= 1:
         return f"{config.top_k} {of}"
     least = min(config.min_k, config.top_k)
-    return f"the likeliest to {config.top_p:.0%} of the mass, {least} to {config.top_k} {of}"
+    return f"the likeliest to {100 * config.top_p:g}% of the mass, {least} to {config.top_k} {of}"

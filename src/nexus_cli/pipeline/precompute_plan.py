@@ -81,6 +81,7 @@ def store_plan(
         teacher_name=config.model,
         tokenizer=sha256_file(teacher.path / "tokenizer.json"),
         chat_template=sha256_file(template) if template.is_file() else None,
+        data=config.data.model_dump(mode="json"),
         data_digest=sha256_json([text.digest, order_N.tolist()]),
         sources=tuple(source.name for source in config.data.sources),
         vocab_size=shape.vocab_size,

@@ -17,6 +17,7 @@ from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline import precompute, train
 from nexus_cli.pipeline.training import plan
 from nexus_cli.pipeline.training.request import offline_request
+from nexus_cli.pipeline.training.resume import NOT_IDENTITY
 from nexus_cli.pipeline.training.text import passes
 
 
@@ -182,6 +183,9 @@ def test_a_second_pass_reads_every_row_again_in_another_order():
     assert not np.array_equal(order[7:14], np.arange(7))
     assert np.array_equal(order, passes(7, 20, seed=0))
     assert np.array_equal(order[:9], passes(7, 9, seed=0))
+    shuffled = passes(7, 20, seed=0, shuffle=True)
+    assert sorted(shuffled[:7]) == sorted(shuffled[7:14]) == list(range(7))
+    assert not np.array_equal(shuffled[:7], range(7))
 
 
 def test_offline_text_comes_from_the_store_alone(offline, tmp_path):
@@ -234,3 +238,16 @@ def test_two_ranks_take_the_steps_of_one_with_twice_the_accumulation(
         assert mine["tokens"] == theirs["tokens"]
         for name in ("loss", "ce", "kd", "grad_norm", "gate_mean_abs"):
             assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-7)
+
+
+def test_samples_of_the_tail_need_a_store_that_has_them(offline, teacher_store):
+    with pytest.raises(ConfigError, match="holds no samples of the tail"):
+        offline(teacher={"store": str(teacher_store), "tail": "samples"})
+
+
+def test_what_stands_for_the_tail_is_part_of_a_run(make_config, teacher_store):
+    def settings_of(tail):
+        config = make_config(teacher={"store": str(teacher_store), "tail": tail})
+        return config.model_dump(mode="json", exclude=NOT_IDENTITY)
+
+    assert settings_of("bucket") != settings_of("samples")

@@ -113,6 +113,8 @@ class Codec:
         kept, splits, tokens_BS = rows.kept, rows.splits, rows.input_ids_BS
         next_M = tokens_BS[:, 1:][rows.held_BS[:, :-1]]
         same_MK = (kept.ids_MK == next_M[:, None]) & used_MK
+        if self.layout.values == "codes":  # a code at its end does not say the nll
+            same_MK &= quantise.ratio_codes(kept.logprobs_MK) < quantise.LAST_CODE
         found_M = same_MK.any(1)
         place_type = count_type(self.layout.top_k)
         place_M = np.where(found_M, same_MK.argmax(1), np.iinfo(place_type).max).astype(place_type)

@@ -28,6 +28,7 @@ class StorePlan(BaseModel):
         teacher_name: what the user called it.
         tokenizer: hash of the tokenizer file.
         chat_template: hash of the chat template, or ``None`` if the teacher has none.
+        data: where the text came from, as the user's settings name it; for the record.
         data_digest: hash of the text, packed and in the order stored.
         sources: names of the data sources, by index.
         vocab_size: of the teacher's head.
@@ -53,6 +54,7 @@ class StorePlan(BaseModel):
     teacher_name: str
     tokenizer: str
     chat_template: str | None
+    data: dict[str, Any]
     data_digest: str
     sources: tuple[str, ...]
     vocab_size: int
@@ -95,7 +97,7 @@ class StorePlan(BaseModel):
 
     def differing(self, other: StorePlan) -> list[str]:
         """Names of the fields in which ``other`` makes another store."""
-        names = StorePlan.model_fields.keys() - {"teacher_name"}
+        names = StorePlan.model_fields.keys() - {"teacher_name", "data"}
         return sorted(name for name in names if getattr(self, name) != getattr(other, name))
 
 

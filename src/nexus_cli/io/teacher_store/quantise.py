@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 TEMPERATURES: Final = (1, 2, 4)
 RATIO_STEPS: Final = 16  # a nat: adds about 4e-5 nats of KL
+LAST_CODE: Final = 255  # this far below the likeliest token, or further
 TAIL_OFFSETS: Final = (12.0, 4.0, 2.0)  # nats: what is usual then fits one byte
 NO_TAIL: Final = 0
 NLL_BITS_DROPPED: Final = 4  # of float16's ten: 1/128 of the value, and right on average
@@ -26,7 +27,7 @@ def ratio_codes(logprobs_MK: NDArray[np.float32]) -> NDArray[np.uint8]:
     steps_MK = logprobs_MK[:, :1] - logprobs_MK
     steps_MK *= RATIO_STEPS
     np.rint(steps_MK, out=steps_MK)
-    np.minimum(steps_MK, 255, out=steps_MK)
+    np.minimum(steps_MK, LAST_CODE, out=steps_MK)
     return steps_MK.astype(np.uint8)
 
 

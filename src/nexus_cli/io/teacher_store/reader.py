@@ -81,8 +81,9 @@ class TeacherStore:
 
     @property
     def dense(self) -> bool:
-        """Whether positions keep the whole vocabulary, and so have no tail."""
-        return self.plan.top_k == self.plan.vocab_size and self.plan.top_p >= 1
+        """Whether positions keep the whole vocabulary exactly, and so have no tail."""
+        plan = self.plan
+        return plan.top_k == plan.vocab_size and plan.top_p >= 1 and plan.values == "float32"
 
     def rows(self, index_B: Sequence[int] | NDArray[np.int64]) -> StoreRows:
         """The rows ``index_B``, in that order; repeats are fine.
@@ -106,16 +107,23 @@ class TeacherStore:
 
     def _decoded(self, index: list[int]) -> StoreRows:
         if self.folder.local is None:
-            with ThreadPoolExecutor(_REMOTE_READS) as pool:
-                tables = list(pool.map(self._row, index))
-        else:
-            tables = [self._row(row) for row in index]
+            self._fetch(index)
+        tables = [self._row(row) for row in index]
         try:
             return self._codec.decode(pa.concat_tables(tables))
         except (LookupError, ValueError, pa.ArrowInvalid) as error:
             shards = sorted({self._place(row)[0] for row in index})
             names = ", ".join(self.manifest.shards[shard].file for shard in shards)
             raise damaged(f"{(self.folder / SHARDS).shown}: {names}") from error
+
+    def _fetch(self, index: list[int]) -> None:
+        """Ask for several row groups at once, and for each once."""
+        places = [self._place(row) for row in index]
+        with ThreadPoolExecutor(_REMOTE_READS) as pool:
+            shards = sorted({shard for shard, _ in places})
+            opened = dict(zip(shards, pool.map(self._shard, shards), strict=True))
+            groups = {(shard, opened[shard].group_of(place)) for shard, place in places}
+            list(pool.map(lambda at: opened[at[0]].fetch(at[1]), sorted(groups)))
 
     def verify(self) -> list[str]:
         """Names of the shards whose contents are not what the manifest says; reads all bytes."""
@@ -189,12 +197,14 @@ def open_store(
     manifest = read_manifest(folder)
     if manifest is None:
         raise _no_store(folder)
+    sizes = (folder / SHARDS).sizes()
     for record in manifest.shards:
-        shard = folder / SHARDS / record.file
-        if "/" in record.file or "\\" in record.file or not shard.is_file():
+        size = sizes.get(record.file)
+        if size is None:
             raise ArtifactError(f"{folder.shown} lacks the shard {record.file!r}")
-        if (size := shard.size()) != record.bytes:
-            raise ArtifactError(f"{shard.shown} is truncated: {size} of {record.bytes} bytes")
+        if size != record.bytes:
+            name = (folder / SHARDS / record.file).shown
+            raise ArtifactError(f"{name} is truncated: {size} of {record.bytes} bytes")
     plan = manifest.plan
     _require_same(folder, "vocabulary size", plan.vocab_size, vocab_size)
     _require_same(folder, "tokenizer", plan.tokenizer, tokenizer)

@@ -19,7 +19,7 @@ Compression = Literal["zstd", "snappy", "gzip", "none"]
 
 GROUP_TOKENS: Final = 4096  # read together: few, so that any order of reading is cheap
 _ZSTD_LEVEL: Final = 1  # entropy is all there is to code: higher levels find false matches
-_CACHED_GROUPS: Final = 128
+_CACHED_GROUPS: Final = 4  # a shard: rows in the stored order; in another, none is read twice
 _DAMAGE: Final = re.compile(r"CRC checksum|thrift|end of stream|[Cc]orrupt|[Pp]arquet file")
 
 
@@ -93,8 +93,25 @@ class ShardReader:
             ArtifactError: the contents are damaged.
             ResourceError: they cannot be read.
         """
-        group, offset = divmod(place, self._per_group)
-        return self._group(group).slice(offset, 1)
+        return self._group(self.group_of(place)).slice(place % self._per_group, 1)
+
+    def group_of(self, place: int) -> int:
+        """The row group that a row lies in."""
+        return place // self._per_group
+
+    def fetch(self, group: int) -> None:
+        """Read a row group, so that its rows are there."""
+        self._group(group)
+
+    def verify(self) -> None:
+        """Read everything once, which checks every page.
+
+        Raises:
+            ArtifactError: the contents are damaged.
+            ResourceError: they cannot be read.
+        """
+        for group in range(self._file.num_row_groups):
+            self._read_group(group)
 
     def _read_group(self, group: int) -> pa.Table:
         with self._one_at_a_time, _intact(self._location):

@@ -15,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
-from nexus_cli.errors import ResourceError, WorkspaceError
+from nexus_cli.errors import ArtifactError, ResourceError, WorkspaceError
 from nexus_cli.io.atomic import write_atomic
 from nexus_cli.io.hashing import sha256_bytes, sha256_file
+from nexus_cli.io.location import locate
 from nexus_cli.io.teacher_store.columns import Codec
 from nexus_cli.io.teacher_store.id_planes import VocabularyRanks
 from nexus_cli.io.teacher_store.manifest import (
@@ -29,7 +30,7 @@ from nexus_cli.io.teacher_store.manifest import (
     StorePlan,
 )
 from nexus_cli.io.teacher_store.rows import StoreRows
-from nexus_cli.io.teacher_store.shard import read_metadata, write_shard
+from nexus_cli.io.teacher_store.shard import ShardReader, read_metadata, write_shard
 
 _PLAN: Final = "nexus.plan"
 _RECORD: Final = "nexus.record"
@@ -60,39 +61,69 @@ class StoreWriter:
     def prepare(self, *, force: bool = False) -> None:
         """Make the folder ready, on one rank and before any shard is written.
 
+        Shards of the same plan are kept, so that a line with ``force`` goes on too when it was
+        killed; only a store that is finished is then made again.
+
         Args:
-            force: remove shards that are there; else those of the same plan are kept.
+            force: remove a finished store, and shards of another plan.
 
         Raises:
             WorkspaceError: the folder holds shards of another plan.
             DiskFullError: there is no room even for the table of ranks.
         """
-        if force:
+        if force and self._finished():
+            (self.path / FILENAME).unlink()  # first: what it lists must not change under it
             shutil.rmtree(self._shards, ignore_errors=True)
-            (self.path / FILENAME).unlink(missing_ok=True)
-        self._shards.mkdir(parents=True, exist_ok=True)
-        for temporary in self._shards.glob(".*.tmp"):
+        with _disk_full(self.path):
+            self._shards.mkdir(parents=True, exist_ok=True)
+        for temporary in (*self.path.glob(".*.tmp"), *self._shards.glob(".*.tmp")):
             temporary.unlink()
-        for shard in sorted(self._shards.glob("*.parquet")):
-            found = _plan_of(shard)
-            if found is None or (differing := self.plan.differing(found)):
-                reason = (
-                    "is none of nexus" if found is None else f"differs in {', '.join(differing)}"
-                )
-                raise WorkspaceError(
-                    f"{shard} belongs to another run: it {reason}",
-                    hint="use --force to replace the store, or another --output-dir",
-                )
+        self._require_same_plan(force=force)
         with _disk_full(self.path):
             write_atomic(self.path / RANKS, ranks_file(self._ranks))
             # As much as the manifest will take, so that a full disk cannot keep it out.
             (self.path / _BALLAST).write_bytes(bytes(4096 + 512 * self.plan.num_shards))
             (self.path / _WRITING).touch()
 
+    def _finished(self) -> bool:
+        """Whether there is a manifest, and of more than the disk had room for."""
+        manifest = self.path / FILENAME
+        if not manifest.is_file():
+            return False
+        try:
+            return bool(json.loads(manifest.read_bytes()).get("ended_early") != "disk")
+        except (ValueError, AttributeError):
+            return True  # damaged: of no use to anybody
+
+    def _require_same_plan(self, *, force: bool) -> None:
+        others = {}
+        for shard in sorted(self._shards.glob("*.parquet")):
+            found = _plan_of(shard)
+            if found is None:
+                others[shard] = "is none of nexus"
+            elif differing := self.plan.differing(found):
+                others[shard] = f"differs in {', '.join(differing)}"
+        if not others:
+            return
+        if not force:
+            shard, reason = next(iter(others.items()))
+            raise WorkspaceError(
+                f"{shard} belongs to another run: it {reason}",
+                hint="use --force to replace the store, or another --output-dir",
+            )
+        (self.path / FILENAME).unlink(missing_ok=True)
+        for shard in others:
+            shard.unlink()
+
     def find(self, shard: int) -> ShardRecord | None:
-        """The record of a shard that is there already, whole."""
+        """The record of a shard that is there already, whole; a damaged one is removed."""
         path = self._path(shard)
         if not path.is_file():
+            return None
+        try:
+            ShardReader(locate(path), seq_len=self.plan.seq_len).verify()
+        except ArtifactError:
+            path.unlink()
             return None
         _, metadata = read_metadata(path)
         return ShardRecord(

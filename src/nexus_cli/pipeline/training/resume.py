@@ -35,7 +35,7 @@ NOT_IDENTITY: Any = {
     "max_steps": True,
     "student": True,
     "base": True,
-    "teacher": True,
+    "teacher": {"model", "store"},
     "evaluation": True,
     "data": {"data_dir"},
 }

@@ -63,7 +63,8 @@ def training_batches(
     blocks: Blocks
     if request.store is not None:
         blocks = StoredSequences(request.store, len(request.store))
-        order_N = passes(len(request.store), num_samples, data.seed)
+        shuffle = request.config.teacher.shuffle
+        order_N = passes(len(request.store), num_samples, data.seed, shuffle=shuffle)
         digest = request.store.manifest.digest
     else:
         text = load_blocks(
@@ -93,14 +94,16 @@ def training_batches(
     return steps, digest
 
 
-def passes(num_rows: int, num_samples: int, seed: int) -> NDArray[np.int64]:
-    """Rows of a store in the order stored, then in a fresh permutation for every further pass.
+def passes(
+    num_rows: int, num_samples: int, seed: int, *, shuffle: bool = False
+) -> NDArray[np.int64]:
+    """Rows of a store: a fresh permutation for every pass, a function of seed and pass alone.
 
-    The stored order is the one in which training would have read the text, so one pass offline
-    reads what an online run would.
+    The first pass is in the order stored unless ``shuffle``: that is the order in which training
+    would have read the text, so one pass offline reads what an online run would.
     """
     generator = np.random.default_rng([seed, num_rows])
-    order = [np.arange(num_rows, dtype=np.int64)]
+    order = [] if shuffle else [np.arange(num_rows, dtype=np.int64)]
     while len(order) * num_rows < num_samples:
         order.append(generator.permutation(num_rows).astype(np.int64))
     return np.concatenate(order)[:num_samples]

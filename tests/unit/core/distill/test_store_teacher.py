@@ -61,6 +61,7 @@ def write(tmp_path, teacher):
             teacher_name="t",
             tokenizer="k",
             chat_template=None,
+            data={},
             data_digest="d",
             sources=("a",),
             vocab_size=V,

@@ -34,6 +34,7 @@ def make_plan(**changes):
         "teacher_name": "tiny",
         "tokenizer": "k" * 64,
         "chat_template": None,
+        "data": {"sources": ["a", "b"]},
         "data_digest": "d" * 64,
         "sources": ("a", "b"),
         "vocab_size": 50,

@@ -387,3 +387,22 @@ def test_columns_that_do_not_fit_each_other_are_no_rows(stores):
         longer = table.set_column(place, name, pa.array(values, pa.binary()))
         with pytest.raises((ValueError, IndexError)):
             codec.decode(longer)
+
+
+def test_a_next_token_whose_code_has_reached_its_end_keeps_its_own_nll(stores):
+    """Kept entries may lie further below the likeliest than a code can say."""
+    plan = stores.make_plan(top_k=50, top_p=1.0, num_rows=40)
+    said = stores.make_rows(plan, sharpness=30.0)
+    kept = said.rows.kept
+    far_M = kept.nll_M + kept.logprobs_MK[:, 0] > 16
+    labels_M = said.rows.input_ids_BS[:, 1:][said.rows.held_BS[:, :-1]]
+    if not far_M.any():  # the text follows the teacher: take an unlikely token by hand
+        labels_M[0] = kept.ids_MK[0, -1]
+        said.rows.input_ids_BS[:, 1:][said.rows.held_BS[:, :-1]] = labels_M
+        kept.nll_M[0] = -kept.logprobs_MK[0, -1]
+    codec = Codec(plan.layout, stores.make_ranks(50))
+    read = codec.decode(codec.encode(said.rows, np.arange(40)))
+    np.testing.assert_array_equal(read.input_ids_BS, said.rows.input_ids_BS)
+    far_M = kept.nll_M + kept.logprobs_MK[:, 0] > 16
+    assert far_M.any()
+    np.testing.assert_allclose(read.kept.nll_M[far_M], kept.nll_M[far_M], rtol=1 / 128)

@@ -11,6 +11,7 @@ from nexus_cli.io.hashing import sha256_file
 from nexus_cli.io.location import locate
 from nexus_cli.io.teacher_store.columns import Codec
 from nexus_cli.io.teacher_store.reader import open_store
+from nexus_cli.io.teacher_store.shard import ShardReader
 
 # Shape letters: B rows.
 
@@ -107,14 +108,21 @@ def test_tails_at_1_2_and_4_are_served_and_others_refused(stores, written):
 
 
 def test_a_store_of_the_whole_vocabulary_serves_any_temperature(stores, tmp_path):
-    plan = stores.make_plan(top_k=50, top_p=1.0, num_rows=2)
+    plan = stores.make_plan(top_k=50, top_p=1.0, num_rows=2, values="float32")
     stores.write_store(tmp_path, plan, stores.make_rows(plan).rows)
     store = stores.open_at(tmp_path)
     assert store.dense
     store.require_temperatures([1.5, 7.0])
 
 
-@pytest.mark.parametrize("changes", [{"top_k": 49, "top_p": 1.0}, {"top_k": 50, "top_p": 0.999}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"top_k": 49, "top_p": 1.0, "values": "float32"},
+        {"top_k": 50, "top_p": 0.999, "values": "float32"},
+        {"top_k": 50, "top_p": 1.0},  # codes end 16 nats below the likeliest token
+    ],
+)
 def test_a_store_that_may_lack_a_token_is_not_dense(stores, tmp_path, changes):
     plan = stores.make_plan(num_rows=2, **changes)
     stores.write_store(tmp_path, plan, stores.make_rows(plan).rows)
@@ -209,7 +217,7 @@ def other_ranks(path):
         (other_format, "has the format 'nexus-topk/2'; this nexus reads nexus-topk/1"),
         (lost_field, r"store\.json is damaged"),
         (unknown_field, r"store\.json is damaged"),
-        (path_outside, r"names a file outside itself: '\.\./store\.json'"),
+        (path_outside, r"lacks the shard '\.\./store\.json'"),
         (path_inside, "lacks the shard 'a/00000.parquet'"),
         (no_ranks, r"lacks vocab_rank\.npy"),
         (other_ranks, r"vocab_rank\.npy is not the table that store\.json lists"),
@@ -326,3 +334,17 @@ def test_columns_that_do_not_fit_are_damage(stores, written, tmp_path, change):
     edit(path, lambda manifest: manifest["shards"][0].update(sha256=digest, bytes=size))
     with pytest.raises(ArtifactError, match=r"00000\.parquet is damaged"):
         stores.open_at(path).rows([0, 1, 2])
+
+
+def test_an_object_store_is_asked_for_each_row_group_once(written, s3, monkeypatch):
+    asked = []
+    read = ShardReader._read_group
+
+    def noted(self, group):
+        asked.append((self._location.path, group))
+        return read(self, group)
+
+    monkeypatch.setattr(ShardReader, "_read_group", noted)
+    store = open_store(locate(s3.upload(written.path, "reader/once")))
+    store.rows(range(len(store)))
+    assert len(asked) == len(set(asked))

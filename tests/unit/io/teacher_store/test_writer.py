@@ -280,3 +280,37 @@ def test_a_kill_in_the_middle_of_a_shard_leaves_only_whole_ones(stores, rows, tm
     resumed = writer.finish(records)
     assert resumed == stores.write_store(tmp_path / "unbroken", stores.make_plan(), rows)
     assert shards_of(path) == shards_of(tmp_path / "unbroken")
+
+
+def test_force_keeps_what_an_unfinished_run_of_the_same_plan_wrote(
+    stores, rows, writer_at, tmp_path
+):
+    first = writer_at(tmp_path)
+    first.prepare(force=True)
+    record = stores.write_shard_of(first, rows, 1)
+    again = writer_at(tmp_path)
+    again.prepare(force=True)
+    assert again.find(1) == record
+
+
+def test_force_makes_a_finished_store_again_and_its_manifest_goes_first(
+    stores, rows, writer_at, tmp_path
+):
+    stores.write_store(tmp_path, stores.make_plan(), rows)
+    writer_at(tmp_path).prepare(force=True)
+    assert not (tmp_path / "store.json").exists()
+    assert shards_of(tmp_path) == {}
+
+
+def test_a_shard_damaged_before_a_run_goes_on_is_made_again(stores, rows, writer_at, tmp_path):
+    writer = writer_at(tmp_path)
+    writer.prepare()
+    record = stores.write_shard_of(writer, rows, 0)
+    shard = tmp_path / "shards" / record.file
+    data = bytearray(shard.read_bytes())
+    data[200] ^= 1
+    shard.write_bytes(data)
+    again = writer_at(tmp_path)
+    again.prepare()
+    assert again.find(0) is None
+    assert stores.write_shard_of(again, rows, 0) == record
