@@ -94,8 +94,15 @@ class Codec:
         elif not (count_M == layout.top_k).all():
             raise ValueError("fewer entries than the layout says")
         columns |= self._ids("id", kept.ids_MK[used_MK], running(count_M)[splits])
-        columns |= self._values(kept, used_MK, count_M, splits)
-        columns |= self._text(rows, used_MK)
+        sure_MK = used_MK
+        if layout.values == "float32":
+            columns |= self._exact(kept, used_MK, count_M, splits)
+        else:
+            codes_MK = quantise.ratio_codes(kept.logprobs_MK)
+            columns |= self._coded(kept, codes_MK, used_MK, count_M, splits)
+            # A code at its end does not say the nll.
+            sure_MK = used_MK & (codes_MK < quantise.LAST_CODE)
+        columns |= self._text(rows, sure_MK)
         return pa.table(columns | self._extras(kept, splits))
 
     def _ids(self, name: str, ids_N: NDArray[np.int32], splits: NDArray[np.int64]) -> Columns:
@@ -105,16 +112,18 @@ class Codec:
             for field in fields(IdPlanes)
         }
 
-    def _text(self, rows: StoreRows, used_MK: NDArray[np.bool_]) -> Columns:
+    def _text(self, rows: StoreRows, sure_MK: NDArray[np.bool_]) -> Columns:
         """The next tokens by their places among the kept, and their nll and the text if not kept.
 
         Most next tokens are kept, and then the distribution says id and nll of them already.
+
+        Args:
+            rows: to be coded.
+            sure_MK: entries that say their token's nll.
         """
         kept, splits, tokens_BS = rows.kept, rows.splits, rows.input_ids_BS
         next_M = tokens_BS[:, 1:][rows.held_BS[:, :-1]]
-        same_MK = (kept.ids_MK == next_M[:, None]) & used_MK
-        if self.layout.values == "codes":  # a code at its end does not say the nll
-            same_MK &= quantise.ratio_codes(kept.logprobs_MK) < quantise.LAST_CODE
+        same_MK = (kept.ids_MK == next_M[:, None]) & sure_MK
         found_M = same_MK.any(1)
         place_type = count_type(self.layout.top_k)
         place_M = np.where(found_M, same_MK.argmax(1), np.iinfo(place_type).max).astype(place_type)
@@ -127,21 +136,30 @@ class Codec:
             return columns | bytes_of("nll", kept.nll_M[~found_M], missing)
         return columns | two_planes("nll", quantise.nll_codes(kept.nll_M[~found_M]), missing)
 
-    def _values(
+    def _exact(
         self,
         kept: Kept,
         used_MK: NDArray[np.bool_],
         count_M: NDArray[np.int64],
         splits: NDArray[np.int64],
     ) -> Columns:
-        """Log-probabilities and tails."""
-        if self.layout.values == "float32":
-            columns = bytes_of("logprob", kept.logprobs_MK[used_MK], running(count_M)[splits])
-            for column, name in enumerate(_TAILS):
-                columns |= bytes_of(name, kept.tails_MT[:, column], splits)
-            return columns
-        falls_MK = np.diff(quantise.ratio_codes(kept.logprobs_MK), axis=1)
-        columns = {}
+        """Log-probabilities and tails in float32."""
+        columns = bytes_of("logprob", kept.logprobs_MK[used_MK], running(count_M)[splits])
+        for column, name in enumerate(_TAILS):
+            columns |= bytes_of(name, kept.tails_MT[:, column], splits)
+        return columns
+
+    def _coded(
+        self,
+        kept: Kept,
+        codes_MK: NDArray[np.uint8],
+        used_MK: NDArray[np.bool_],
+        count_M: NDArray[np.int64],
+        splits: NDArray[np.int64],
+    ) -> Columns:
+        """Log-probabilities and tails as codes."""
+        falls_MK = np.diff(codes_MK, axis=1)
+        columns: Columns = {}
         for name, start, stop in _octaves(self.layout.top_k):
             falls = falls_MK[:, start - 1 : stop - 1][used_MK[:, start:stop]]
             ends = running(np.clip(count_M - start, 0, stop - start))[splits]
