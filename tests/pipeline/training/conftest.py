@@ -70,22 +70,29 @@ def make_config(tiny_converted_dir, text_data):
 
 
 @pytest.fixture(scope="session")
-def teacher_store(tiny_model_dir, text_data, tmp_path_factory):
+def make_store(tiny_model_dir, text_data, tmp_path_factory):
+    """Stores of the mixture, two sequences a step."""
+
+    def make(**settings):
+        root = tmp_path_factory.mktemp("store")
+        config = PrecomputeConfig(
+            model=str(tiny_model_dir),
+            data=text_data,
+            batch_size=2,
+            runtime={"device": "cpu"},
+            output=root / "teacher",
+            **settings,
+        )
+        precompute.run(config, Workspace(root / "workspace"))
+        return root / "teacher"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def teacher_store(make_store):
     """Twenty stored steps of two sequences, 64 tokens a position, kept in float32."""
-    root = tmp_path_factory.mktemp("store")
-    config = PrecomputeConfig(
-        model=str(tiny_model_dir),
-        data=text_data,
-        num_steps=20,
-        batch_size=2,
-        top_k=64,
-        top_p=1.0,
-        values="float32",
-        runtime={"device": "cpu"},
-        output=root / "teacher",
-    )
-    precompute.run(config, Workspace(root / "workspace"))
-    return root / "teacher"
+    return make_store(num_steps=20, top_k=64, top_p=1.0, values="float32")
 
 
 @pytest.fixture

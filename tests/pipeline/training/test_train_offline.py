@@ -31,22 +31,9 @@ def offline(run, teacher_store):
 
 
 @pytest.fixture(scope="module")
-def dense_store(text_data, tiny_model_dir, tmp_path_factory):
+def dense_store(make_store):
     """Four stored steps of the whole vocabulary in float32."""
-    root = tmp_path_factory.mktemp("dense")
-    config = PrecomputeConfig(
-        model=str(tiny_model_dir),
-        data=text_data,
-        num_steps=4,
-        batch_size=2,
-        top_k=8256,
-        top_p=1.0,
-        values="float32",
-        runtime={"device": "cpu"},
-        output=root / "teacher",
-    )
-    precompute.run(config, Workspace(root / "workspace"))
-    return root / "teacher"
+    return make_store(num_steps=4, top_k=8256, top_p=1.0, values="float32")
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -71,19 +58,9 @@ def test_a_whole_vocabulary_store_teaches_what_the_teacher_in_memory_does(
 
 
 @pytest.fixture(scope="module")
-def default_store(text_data, tiny_model_dir, tmp_path_factory):
+def default_store(make_store):
     """Four stored steps as the command keeps them when it is told nothing else."""
-    root = tmp_path_factory.mktemp("default")
-    config = PrecomputeConfig(
-        model=str(tiny_model_dir),
-        data=text_data,
-        num_steps=4,
-        batch_size=2,
-        runtime={"device": "cpu"},
-        output=root / "teacher",
-    )
-    precompute.run(config, Workspace(root / "workspace"))
-    return root / "teacher"
+    return make_store(num_steps=4)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
