@@ -14,7 +14,7 @@ from nexus_cli.config.collect import CollectConfig
 from nexus_cli.core.router.moments import Reservoir, RouterMoments, TokenSums
 from nexus_cli.errors import ArtifactError, ResourceError
 from nexus_cli.io.workspace import Workspace
-from nexus_cli.pipeline import capacity, collect, collect_dry_run
+from nexus_cli.pipeline import capacity, collect, collect_dry_run, collect_run
 from nexus_cli.pipeline.collect_partial import PartialStatistics, Progress
 from nexus_cli.pipeline.collect_plan import cut_up, make_plan
 from nexus_cli.pipeline.inputs import model_input
@@ -66,6 +66,8 @@ def assert_same(left, right, rtol):
         for name in SUMS:
             np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=rtol, atol=1e-12)
     np.testing.assert_array_equal(left.reservoir.keys_R, right.reservoir.keys_R)
+    if left.units_LEI is not None and right.units_LEI is not None:
+        np.testing.assert_allclose(left.units_LEI, right.units_LEI, rtol=rtol)
 
 
 def chosen_sequences(settings):
@@ -107,6 +109,59 @@ def test_the_statistics_are_those_of_stock_transformers_on_each_text_alone(setti
             np.testing.assert_allclose(sums.weight_LE[layer], applied.sum(0), rtol=1e-4)
 
 
+def stock_contributions(settings):
+    """By the definition, in float64, from the weights that stock transformers decodes."""
+    from transformers import GptOssForCausalLM, Mxfp4Config
+
+    stock = GptOssForCausalLM.from_pretrained(
+        settings["model"], dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
+    )
+    inputs = [[] for _ in stock.model.layers]
+    for layer, seen in zip(stock.model.layers, inputs, strict=True):
+        layer.mlp.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0, 1:]))
+    with torch.no_grad():
+        for ids in chosen_sequences(settings):
+            stock.model(torch.tensor(ids[None], dtype=torch.int64))
+    found = []
+    for layer, seen in zip(stock.double().model.layers, inputs, strict=True):
+        x, experts = torch.cat(seen).double(), layer.mlp.experts
+        logits = x @ layer.mlp.router.weight.T + layer.mlp.router.bias
+        best, chosen = logits.topk(2)
+        weight = torch.zeros_like(logits).scatter(1, chosen, best.softmax(-1))
+        both = torch.einsum("th,ehi->eti", x, experts.gate_up_proj)
+        both += experts.gate_up_proj_bias[:, None]
+        gate, up = both[..., 0::2].clamp(max=7), both[..., 1::2].clamp(-7, 7)
+        magnitude = ((up + 1) * gate * torch.sigmoid(1.702 * gate)).abs()
+        length = experts.down_proj.norm(dim=-1)
+        found.append((torch.einsum("te,eti->ei", weight, magnitude) * length).detach().numpy())
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_contributions_of_units_are_those_of_the_definition(
+    settings, tmp_path, monkeypatch, engine
+):
+    if engine:  # its PyTorch twin, which runs anywhere
+        from nexus_cli.core.model.gpt_oss.engine.attach import attach_engine
+
+        def load(*arguments, **options):
+            network = load_model(*arguments, **options | {"experts_backend": "auto"})
+            attach_engine(network, experts_backend="torch")
+            return network
+
+        load_model = collect_run.load_model
+        monkeypatch.setattr(collect_run, "load_model", load)
+    found, _ = load_moments(run(settings, tmp_path))
+    np.testing.assert_allclose(found.units_LEI, stock_contributions(settings), rtol=1e-4)
+
+
+def test_statistics_without_units_are_smaller_and_as_good(settings, tmp_path):
+    with_units, _ = load_moments(run(settings, tmp_path / "a"))
+    without, _ = load_moments(run(settings, tmp_path / "b", units=False))
+    assert without.units_LEI is None
+    assert_same(with_units, without, rtol=0)
+
+
 def test_the_report_says_what_was_chosen(settings, tmp_path):
     output = run(settings, tmp_path)
     report, (moments, metadata) = report_of(output), load_moments(output)
@@ -143,7 +198,7 @@ def test_another_batch_size_changes_rounding_only(settings, tmp_path):
 
 def stop_after(monkeypatch, batches):
     """Make the run fail when so many batches were counted."""
-    original, counted = collect._run_batch, []
+    original, counted = collect_run._run_batch, []
 
     def stop(*arguments):
         if len(counted) == batches:
@@ -151,7 +206,7 @@ def stop_after(monkeypatch, batches):
         counted.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(collect, "_run_batch", stop)
+    monkeypatch.setattr(collect_run, "_run_batch", stop)
     return counted
 
 
@@ -292,7 +347,7 @@ def test_a_full_disk_and_a_full_device_are_said(settings, tmp_path, monkeypatch)
         def add(self, *_):
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(collect, "MomentAccumulator", lambda *_: Full())
+    monkeypatch.setattr(collect_run, "MomentAccumulator", lambda *_: Full())
     with pytest.raises(ResourceError, match="out of memory on cpu") as caught:
         run(settings, tmp_path)
     assert "runtime.batch_size" in caught.value.hint

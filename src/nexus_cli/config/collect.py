@@ -45,6 +45,11 @@ class CollectConfig(ConfigModel):
     reservoir: int = Field(
         4096, ge=0, description="Tokens whose probabilities are kept as they are, for plots."
     )
+    units: bool = Field(
+        True,
+        description="Sum what every hidden unit of every expert contributes, which the init "
+        "strategy neurons needs: 8 bytes a unit in memory and in the file.",
+    )
     seed: int = Field(0, ge=0, description="Seed of ties in the choice, and of the reservoir.")
     dtype: Dtype = Field("auto", description="The model runs in this; auto: bfloat16 on a GPU.")
     runtime: CollectRuntime = Field(default_factory=CollectRuntime)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from nexus_cli.errors import ArtifactError
 from nexus_cli.io.atomic import atomic_file
 
-# Shape letters in this file: L layers, E experts, R tokens in the reservoir.
+# Shape letters in this file: L layers, E experts, I expert width, R tokens in the reservoir.
 
 FORMAT = "nexus.router_probs/1"
 POPULATIONS = ("body", "first")
@@ -34,6 +34,7 @@ SUMS: Mapping[str, tuple[str, int]] = {  # name -> dtype, dimensions over (L, E,
     "topk": ("int64", 2),
     "weight": ("float64", 2),
 }
+UNITS = "unit_contribution"  # float64 [L, E, I]; not in statistics of routers alone
 _SHAPE = ("num_layers", "num_experts", "top_k")
 _ANEW = "run: nexus collect --output FILE"
 
@@ -72,6 +73,7 @@ def read(path: Path) -> RouterProbs:
         names += ["reservoir_keys", "reservoir_probability"]
         if missing := sorted(set(names) - set(file.files)):
             raise ArtifactError(f"{path} lacks {', '.join(missing)}", hint=_ANEW)
+        names += [UNITS] if UNITS in file.files else []
         arrays = {name: file[name] for name in names}
     for reason in _contradictions(arrays, metadata):
         raise ArtifactError(f"{path} is damaged: {reason}", hint=_ANEW)
@@ -136,3 +138,12 @@ def _contradictions(
         yield f"the reservoir is of {kept.dtype} and {sample.dtype}"
     if sample.shape != (*kept.shape, layers, experts):
         yield f"the reservoir is of shape {list(sample.shape)}"
+    if UNITS in arrays:
+        yield from _wrong_units(arrays[UNITS], (layers, experts))
+
+
+def _wrong_units(sums_LEI: NDArray[Any], shape: tuple[int, int]) -> Iterator[str]:
+    if sums_LEI.dtype != "float64" or sums_LEI.ndim != 3 or sums_LEI.shape[:2] != shape:
+        yield f"{UNITS} is {sums_LEI.dtype}{list(sums_LEI.shape)}"
+    elif not (sums_LEI >= 0).all():  # NaN is not, either
+        yield f"{UNITS} holds numbers that are no sums of magnitudes"

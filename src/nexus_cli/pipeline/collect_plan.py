@@ -160,5 +160,6 @@ def _digest(
             "dtype": config.dtype,
             "seed": config.seed,
             "reservoir": config.reservoir,
+            "units": config.units,
         }
     )

@@ -28,6 +28,8 @@ def save_moments(path: Path, moments: RouterMoments, metadata: Mapping[str, Any]
         "reservoir_keys": moments.reservoir.keys_R,
         "reservoir_probability": moments.reservoir.probability_RLE,
     }
+    if moments.units_LEI is not None:
+        arrays[router_probs.UNITS] = moments.units_LEI
     for population, sums in (("body", moments.body), ("first", moments.first)):
         arrays[f"{population}_tokens"] = np.array(sums.tokens, dtype=np.int64)
         for name, attribute in _ATTRIBUTES.items():
@@ -58,5 +60,11 @@ def load_moments(path: Path) -> tuple[RouterMoments, dict[str, Any]]:
         keys_R=found.arrays["reservoir_keys"],
         probability_RLE=found.arrays["reservoir_probability"],
     )
-    moments = RouterMoments(found.metadata["top_k"], sums("body"), sums("first"), reservoir)
+    moments = RouterMoments(
+        top_k=found.metadata["top_k"],
+        body=sums("body"),
+        first=sums("first"),
+        reservoir=reservoir,
+        units_LEI=found.arrays.get(router_probs.UNITS),
+    )
     return moments, dict(found.metadata)

@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-# Shape letters in this file: L layers, E experts, N tokens, R tokens kept in the reservoir.
+# Shape letters in this file: L layers, E experts, I expert width, N tokens, R tokens kept in the
+# reservoir.
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # constants of SplitMix64 (Steele, Lea, Flood 2014)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -139,23 +140,32 @@ class RouterMoments:
         body: every token but the first of its sequence.
         first: the first tokens, which attention sinks make unlike all others.
         reservoir: sample of ``body`` tokens.
+        units_LEI: what every hidden unit contributed to ``body`` tokens
+            (:mod:`~nexus_cli.core.router.units`), float64; ``None`` where that was not summed.
     """
 
     top_k: int
     body: TokenSums
     first: TokenSums
     reservoir: Reservoir
+    units_LEI: NDArray[np.float64] | None = None
 
     @classmethod
     def zeros(
-        cls, num_layers: int, num_experts: int, top_k: int, reservoir_size: int
+        cls,
+        num_layers: int,
+        num_experts: int,
+        top_k: int,
+        reservoir_size: int,
+        width: int | None = None,
     ) -> RouterMoments:
-        """The statistics of no token."""
+        """The statistics of no token; with an expert's ``width``, of hidden units too."""
         return cls(
             top_k=top_k,
             body=TokenSums.zeros(num_layers, num_experts),
             first=TokenSums.zeros(num_layers, num_experts),
             reservoir=Reservoir.empty(reservoir_size, num_layers, num_experts),
+            units_LEI=None if width is None else np.zeros((num_layers, num_experts, width)),
         )
 
     @property
@@ -171,11 +181,15 @@ class RouterMoments:
     def __add__(self, other: RouterMoments) -> RouterMoments:
         if (self.top_k, self.body.outer_LEE.shape) != (other.top_k, other.body.outer_LEE.shape):
             raise ValueError("these statistics are of routers of different shapes")
+        mine, theirs = self.units_LEI, other.units_LEI
+        if (mine is None) != (theirs is None):
+            raise ValueError("only one of these statistics has sums over hidden units")
         return RouterMoments(
             top_k=self.top_k,
             body=self.body + other.body,
             first=self.first + other.first,
             reservoir=self.reservoir + other.reservoir,
+            units_LEI=None if mine is None or theirs is None else mine + theirs,
         )
 
 

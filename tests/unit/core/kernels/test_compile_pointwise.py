@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from nexus_cli.core.kernels.triton import rms_norm, rotary, router, rows, swiglu
+from nexus_cli.core.kernels.triton import rms_norm, rotary, router, rows, swiglu, unit_sums
 
 CAPABILITIES = [80, 90, 100]
 BF16, FP32, I32 = "*bf16", "*fp32", "*i32"
@@ -69,6 +69,11 @@ KERNELS = {
         router.top_k_backward_kernel,
         {"grads": BF16, "scores": BF16, "experts": I32, "out": BF16, "tokens": "i32"},
         CHOICE, router.WARPS, 96,
+    ),
+    "unit sums": (
+        unit_sums.unit_sums_kernel,
+        {"hidden": BF16, "weight": FP32, "offsets": I32, "scale": FP32, "out": "*fp64"},
+        {"WIDTH": 2880, "ROWS": unit_sums.ROWS, "UNITS": unit_sums.UNITS}, unit_sums.WARPS, 96,
     ),
 }  # fmt: skip
 

@@ -148,6 +148,7 @@ class FrozenExperts(torch.autograd.Function):
         down: Packed,
         down_bias: Tensor,
         limit: float,
+        observer: Any = None,
     ) -> Tensor:
         """The routed sum ``[T, H]``: ``sum_k score_k * expert_k(x)``, in the input's dtype.
 
@@ -162,6 +163,7 @@ class FrozenExperts(torch.autograd.Function):
             down: blocks ``[E, H, I/32, 16]`` and scales ``[E, H, I/32]``.
             down_bias: ``[E, H]``.
             limit: of the clamped SwiGLU.
+            observer: is shown what every hidden unit says, if there is one.
         """
         tokens, top_k = experts_TK.shape
         order_R = torch.argsort(experts_TK.reshape(-1), stable=True)
@@ -174,6 +176,8 @@ class FrozenExperts(torch.autograd.Function):
             for expert, rows in _segments(counts):
                 gate_up_RI[rows] = _linear(x_RH[rows], gate_up, gate_up_bias, expert)
                 hidden = clamped_swiglu(*_split(gate_up_RI[rows]), limit)
+                if observer is not None:
+                    observer.see_expert(expert, hidden, order_R[rows], scores_TK)
                 y_RH[rows] = _linear(hidden, down, down_bias, expert)
         y_RH *= scores_TK.reshape(-1)[order_R, None]
         ctx.save_for_backward(
@@ -207,7 +211,7 @@ class FrozenExperts(torch.autograd.Function):
                 grad_x_RH[rows] = grad_gate_up @ _decode(gate_up, expert, grad_RH.dtype)
         grad_x_TH = _combine(grad_x_RH, order_R, tokens, top_k)
         grad_scores = torch.empty_like(grad_score_R).index_copy_(0, order_R, grad_score_R)
-        return grad_x_TH, grad_scores.view_as(scores_TK), None, None, None, None, None, None
+        return grad_x_TH, grad_scores.view_as(scores_TK), *(None,) * 7
 
 
 def _segments(counts: Sequence[int]) -> Iterator[tuple[int, slice]]:
@@ -269,6 +273,7 @@ class PackedExperts(nn.Module):
         self.limit = getattr(config, "swiglu_limit", 7.0)
         self.backend = "auto"  # or torch, dequant, fused
         self.decoded: Any = None  # a function in its place, where the packed bytes are given up
+        self.observer: Any = None  # of statistics; see nexus_cli.core.model.gpt_oss.observe
         self.gate_up_proj_blocks = _bytes(experts, 2 * width, hidden // FP4_BLOCK, 16)
         self.gate_up_proj_scales = _bytes(experts, 2 * width, hidden // FP4_BLOCK)
         self.gate_up_proj_bias = nn.Parameter(torch.zeros(experts, 2 * width), requires_grad=False)
@@ -298,7 +303,7 @@ class PackedExperts(nn.Module):
         kernels = routed_experts is not None and self.backend != "torch"
         if kernels and x_TH.is_cuda and x_TH.dtype == torch.bfloat16:
             return routed_experts(*arguments, backend=self.backend)
-        routed: Tensor = FrozenExperts.apply(*arguments)
+        routed: Tensor = FrozenExperts.apply(*arguments, self.observer)
         return routed
 
 

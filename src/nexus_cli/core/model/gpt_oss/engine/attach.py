@@ -201,6 +201,13 @@ class Engine:
         numbers = 3 * config.intermediate_size * config.hidden_size * config.num_local_experts
         return int(numbers * 2 - numbers * 17 // 32)
 
+    def observe(self, observers: Sequence[Any]) -> None:
+        """Show each layer's activations to its observer; see ``observe.py``."""
+        self._layers = [
+            replace(layer, block=replace(layer.block, observer=observer))
+            for layer, observer in zip(self._layers, observers, strict=True)
+        ]
+
     def recompute(self) -> None:
         """Keep nothing but each layer's input."""
         self.kept = (NOTHING,) * len(self._layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -23,12 +24,14 @@ class RoutedBlock:
         gate_up_bias: ``[E, 2I]``.
         down_bias: ``[E, H]``.
         limit: of the clamped SwiGLU.
+        observer: is shown the activations of forward passes; see ``observe.py``.
     """
 
     products: Products
     gate_up_bias: Tensor
     down_bias: Tensor
     limit: float
+    observer: Any = None
 
     @classmethod
     def of(cls, weights: PackedWeights, products: Products) -> RoutedBlock:
@@ -36,8 +39,16 @@ class RoutedBlock:
         return cls(products, weights.gate_up_bias, weights.down_bias, weights.limit)
 
 
-def experts_forward(block: RoutedBlock, x_TH: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+def experts_forward(
+    block: RoutedBlock, x_TH: Tensor, routing: Routing, scores_TK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Every expert's output for its rows, before bias and score.
+
+    Args:
+        block: the experts.
+        x_TH: their input.
+        routing: which rows are a token's.
+        scores_TK: weight of each of a token's experts, for the block's observer.
 
     Returns:
         The rows ``[R, H]``, to be combined with scores and ``down_bias``; and the gate_up
@@ -45,6 +56,8 @@ def experts_forward(block: RoutedBlock, x_TH: Tensor, routing: Routing) -> tuple
     """
     gate_up_RI = block.products.gate_up(x_TH, routing)
     hidden_RI = swiglu_rows(gate_up_RI, block.gate_up_bias, routing.expert_R, block.limit)
+    if block.observer is not None:
+        block.observer.see_rows(hidden_RI, routing, scores_TK)
     return block.products.down(hidden_RI, routing), gate_up_RI
 
 

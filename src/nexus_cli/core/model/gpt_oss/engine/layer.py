@@ -246,7 +246,7 @@ def _experts_half(
 ) -> Tensor:
     """Routed and shared experts and the residual, summed in one kernel that rounds once."""
     assert done.routing is not None
-    rows_RH, done.gate_up_RI = experts_forward(layer.block, normed_TH, done.routing)
+    rows_RH, done.gate_up_RI = experts_forward(layer.block, normed_TH, done.routing, done.scores_TK)
     beside: dict[str, Any] = {}
     if expert is not None:
         shared_TH, done.gate_TI, done.up_TI = shared_forward(expert, normed_TH, layer.block.limit)
