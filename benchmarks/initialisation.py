@@ -1,7 +1,7 @@
 """What a shared expert should start from: every strategy and start, by what training makes of it.
 
 python benchmarks/initialisation.py [--seeds 0 1 2] [--steps 1000] [--at 50 200 1000] [--jobs 1]
-    [--strategies pca_topK neurons ...] [--starts gate zero-down scaled] [--results DIR] [--json]
+    [--strategies pca_topK neurons ...] [--starts gate zero-down scaled] [--results FILE] [--json]
 
 The demo's training of the embedded model (configs/demo.yaml), once for every strategy, start and
 seed; the seed is that of random weights and of the order of the text. Held-out text of both kinds,
@@ -9,8 +9,8 @@ the same for all, is judged at step 0 and after ``--at`` steps: the domain's cro
 general text's KL to the original, in nats a token. Intervals are Student's over the seeds; the
 differences to ``--baseline`` are taken seed by seed, since a seed's runs see the same text.
 
-Each run's figures stay in ``--results``; a run whose figures are there is not made again, so the
-table can be made in parts.
+The figures of each run are kept in ``--results``; a run whose figures are there is not made again,
+so the table can be made in parts. Fourteen runs share one GPU well (``--device cuda --jobs 14``).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import json
 import math
 import statistics
 import tempfile
+import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,8 +34,20 @@ from runs import DEMO, metrics, nexus, versions
 
 DOMAIN, GENERAL = "bundled-tool-calling", "bundled-general"
 JUDGED = f"[{{name: {DOMAIN}, split: held-out}}, {{name: {GENERAL}, split: held-out}}]"
-STRATEGIES = ("random", "top1", "top1_average", "top4_average", "pca_topK", "neurons")
+STRATEGIES = (
+    "random",
+    "top1",
+    "top1_average",
+    "top4_average",
+    "pca_top8",
+    "pca_topK",
+    "neurons_top8",
+    "neurons",
+    "neurons_weighted_top8",
+    "neurons_weighted",
+)
 STARTS = ("gate", "zero-down", "scaled")
+ALL = "(all)"
 Figures = dict[str, dict[str, float]]  # by step: domain_loss and general_kl
 
 
@@ -98,39 +111,49 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def summarise(found: dict[Run, Figures], baseline: tuple[str, str]) -> list[dict[str, Any]]:
-    """A row for every strategy and start, the lowest domain loss at the last step first."""
-    rows = []
-    for strategy, start in dict.fromkeys((run.strategy, run.start) for run in found):
-        mine = {
-            run.seed: found[run] for run in found if (run.strategy, run.start) == (strategy, start)
-        }
-        others = {run.seed: found[run] for run in found if (run.strategy, run.start) == baseline}
-        row: dict[str, Any] = {"strategy": strategy, "start": start, "seeds": sorted(mine)}
-        for step, name in itertools.product(
-            next(iter(mine.values())), ("domain_loss", "general_kl")
-        ):
-            row[f"{name}@{step}"] = interval([figures[step][name] for figures in mine.values()])
-            if others:
-                row[f"{name}@{step} - baseline"] = interval(
-                    [
-                        mine[seed][step][name] - others[seed][step][name]
-                        for seed in mine
-                        if seed in others
-                    ]
-                )
-        rows.append(row)
-    last = max(int(step) for step in next(iter(found.values())))
+    """A row for every strategy and start, and one for each of them over all of the other.
+
+    The lowest domain loss at the last step comes first.
+    """
+    cells = list(dict.fromkeys((run.strategy, run.start) for run in found))
+    cells += [(strategy, ALL) for strategy in dict.fromkeys(run.strategy for run in found)]
+    cells += [(ALL, start) for start in dict.fromkeys(run.start for run in found)]
+    rows = [_row(found, cell, baseline) for cell in cells]
+    last = list(next(iter(found.values())))[-1]
     return sorted(rows, key=lambda row: row[f"domain_loss@{last}"][0])
 
 
-def table(rows: Iterable[dict[str, Any]], steps: Sequence[int]) -> str:
+def _row(
+    found: dict[Run, Figures], cell: tuple[str, str], baseline: tuple[str, str]
+) -> dict[str, Any]:
+    """Intervals of one cell's runs, and of what sets each apart from the baseline of its seed."""
+    mine = [run for run in found if _is_in(run, cell)]
+    row: dict[str, Any] = {"strategy": cell[0], "start": cell[1], "runs": len(mine)}
+    for step, name in itertools.product(found[mine[0]], ("domain_loss", "general_kl")):
+        row[f"{name}@{step}"] = interval([found[run][step][name] for run in mine])
+        others = [Run(*baseline, run.seed) for run in mine]
+        if all(other in found for other in others):
+            row[f"{name}@{step} - baseline"] = interval(
+                [
+                    found[run][step][name] - found[other][step][name]
+                    for run, other in zip(mine, others, strict=True)
+                ]
+            )
+    return row
+
+
+def _is_in(run: Run, cell: tuple[str, str]) -> bool:
+    return cell[0] in (run.strategy, ALL) and cell[1] in (run.start, ALL)
+
+
+def table(rows: Iterable[dict[str, Any]], steps: Sequence[int], suffix: str = "") -> str:
     """The rows for a page of Markdown."""
-    heads = ["strategy", "start", *(f"domain {s}" for s in steps), *(f"KL {s}" for s in steps[1:])]
+    heads = ["strategy", "start", *(f"domain {s}" for s in steps), *(f"KL {s}" for s in steps)]
     lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for row in rows:
         cells = [row["strategy"], row["start"]]
-        cells += [_cell(row[f"domain_loss@{step}"], 4) for step in steps]
-        cells += [_cell(row[f"general_kl@{step}"], 5) for step in steps[1:]]
+        cells += [_cell(row[f"domain_loss@{step}{suffix}"], 4) for step in steps]
+        cells += [_cell(row[f"general_kl@{step}{suffix}"], 4) for step in steps]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -142,17 +165,22 @@ def _cell(value: tuple[float, float], digits: int) -> str:
 
 def measure(runs: Sequence[Run], results: Path, args: argparse.Namespace) -> dict[Run, Figures]:
     """Make the runs whose figures are not there yet; read all."""
-    missing = [run for run in runs if not (results / f"{run.name}.json").exists()]
+    found = json.loads(results.read_text()) if results.exists() else {}
+    missing = [run for run in runs if run.name not in found]
+    writing = threading.Lock()
 
     def make(run: Run, folder: Path) -> None:
-        (results / f"{run.name}.json").write_text(json.dumps(train(run, folder, args)))
+        figures = train(run, folder, args)
+        with writing:
+            found[run.name] = figures
+            results.write_text(json.dumps(found, indent=1, sort_keys=True))
 
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.jobs) as pool:
         if missing:
             select(Path(name), args)
         for done in [pool.submit(make, run, Path(name)) for run in missing]:
             done.result()
-    return {run: json.loads((results / f"{run.name}.json").read_text()) for run in runs}
+    return {run: found[run.name] for run in runs}
 
 
 def main() -> None:
@@ -166,7 +194,7 @@ def main() -> None:
     parser.add_argument("--at", type=int, nargs="+", default=[50, 200, 1000])
     parser.add_argument("--sequences", type=int, default=64, help="held out")
     parser.add_argument("--tokens", type=int, default=200_000, help="for the statistics")
-    parser.add_argument("--top-k", type=int, default=8, help="experts chosen in every layer")
+    parser.add_argument("--top-k", type=int, default=24, help="experts chosen in every layer")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--results", type=Path)
@@ -174,10 +202,13 @@ def main() -> None:
     args = parser.parse_args()
     runs = [Run(*cell) for cell in itertools.product(args.strategies, args.starts, args.seeds)]
     with tempfile.TemporaryDirectory() as name:
-        results = args.results or Path(name)
-        results.mkdir(parents=True, exist_ok=True)
+        results = args.results or Path(name) / "results.json"
         rows = summarise(measure(runs, results, args), tuple(args.baseline))
-    print(table(rows, [0, *args.at]))
+    steps = [0, *args.at]
+    print(table(rows, steps))
+    if all("domain_loss@0 - baseline" in row for row in rows):
+        print(f"\nDifferences to {' '.join(args.baseline)}, seed by seed:\n")
+        print(table(rows, steps, " - baseline"))
     if args.json:
         print(json.dumps({**versions(), **vars(args), "results": None, "rows": rows}))
 

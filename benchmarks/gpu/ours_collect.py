@@ -1,10 +1,12 @@
 """What ``collect`` does on the device: a million tokens through the model, routers counted.
 
 python benchmarks/gpu/ours_collect.py [--tokens 1000000] [--layers 24] [--batch-size 32]
+    [--no-units]
 
 Texts of random lengths, half of them cut at 512 tokens, in batches of like length. Prints one JSON
-line: seconds of the forward passes, of the accumulator, and of everything else (making batches,
-copying them, waiting for the reservoir).
+line: seconds of the forward passes (in them the sums over hidden units, unless ``--no-units``), of
+the routers' accumulator, and of everything else (making batches, copying them, waiting for the
+reservoir).
 """
 
 from __future__ import annotations
@@ -22,9 +24,12 @@ from shapes import MODELS
 from timing import Mark, elapsed_ms, finish, forget_peak, mark, peak_gib
 
 from nexus_cli.core.model.gpt_oss.engine.attach import attach_engine
+from nexus_cli.core.model.gpt_oss.modeling_nexus_gpt_oss import NexusGptOssForCausalLM
+from nexus_cli.core.model.gpt_oss.observe import down_norms, observe_experts
 from nexus_cli.core.router.accumulate import MomentAccumulator
 from nexus_cli.core.router.batching import TokenBatch, make_batch, plan_batches
 from nexus_cli.core.router.moments import RouterMoments
+from nexus_cli.core.router.units import UnitAccumulator
 from nexus_cli.pipeline.forward_memory import keep_decoded
 
 LONGEST, SHORTEST, RESERVOIR = 512, 10, 50_000
@@ -36,6 +41,7 @@ def measure(args: argparse.Namespace) -> Result:
     device = args.device
     model = nexus_model(MODELS[args.model], args.layers, device, shared=False, skew=args.skew)
     attach_engine(model, experts_backend=args.experts_backend)
+    units = observing(model) if args.units else None
     keep_decoded(model, args.batch_size * LONGEST, device)
     texts = random_texts(args.tokens, model.config.vocab_size)
     empty = RouterMoments.zeros(
@@ -48,6 +54,8 @@ def measure(args: argparse.Namespace) -> Result:
     def run(batch: TokenBatch, accumulator: MomentAccumulator) -> list[Mark]:
         """Marks before the forward pass, after it, and after the accumulator."""
         marks = [mark(device)]
+        if units is not None:
+            units.count(batch.input_ids_BS.numel(), batch.body_N)
         out = model.model(
             input_ids=batch.input_ids_BS,
             position_ids=batch.position_ids_BS,
@@ -77,6 +85,7 @@ def measure(args: argparse.Namespace) -> Result:
     forward = sum(elapsed_ms(a, b) for a, b, _ in marks) / 1e3
     counting = sum(elapsed_ms(b, c) for _, b, c in marks) / 1e3
     return {
+        "units": args.units,
         "tokens": counted.body.tokens + counted.first.tokens,
         "padded_tokens": padded,
         "batches": len(plan),
@@ -88,6 +97,14 @@ def measure(args: argparse.Namespace) -> Result:
         "warm_up_s": warm_up,
         **peak_gib(device),
     }
+
+
+def observing(model: NexusGptOssForCausalLM) -> UnitAccumulator:
+    """What sums up the contributions of the model's hidden units."""
+    norms = down_norms(model)
+    units = UnitAccumulator(np.zeros(norms.shape), norms)
+    observe_experts(model, [units.layer(index) for index in range(len(norms))])
+    return units
 
 
 def batches(
@@ -116,6 +133,7 @@ def main() -> None:
     parser = child_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--no-units", dest="units", action="store_false")
     parser.add_argument("--experts-backend", default="auto")
     run_as_child(parser, measure)
 

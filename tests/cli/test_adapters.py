@@ -23,8 +23,7 @@ def test_an_adapter_is_trained_moved_and_used_with_a_base_of_another_place(
     assert run.stdout == "run/checkpoint-2: trained for 2 steps\n"
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "run" / "checkpoint-2", moved)
-    file = moved / "nexus_adapter.json"
-    file.write_text(file.read_text().replace(str(tiny_model_dir), "/of/another/machine"))
+    (moved / "local_base.json").write_text('{"path": "/of/another/machine"}')
     lost = nexus("convert", "--input", "moved", "--output", "whole", cwd=tmp_path)
     assert lost.returncode == 2
     assert "error: the base of moved is not at /of/another/machine" in lost.stderr

@@ -28,6 +28,27 @@ def test_the_lines_of_the_spec_work_one_after_the_other(nexus, model, tmp_path, 
     assert stats["num_experts"] == 32
 
 
+def test_batch_select_is_a_flag(nexus, model, tmp_path):
+    line = "collect --target-tokens 1000 --max-candidates 40 --batch-select 50 --output o.npz"
+    result = nexus(*line.split(), "--model", model, "--data", "bundled-general", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "collection_report.json").read_text())
+    assert report["batch_select"] == 50
+    # one round: no gain was computed a second time
+    assert report["coverage"]["selected"]["gains_computed"] == 40
+    described = nexus(
+        *line.replace("o.npz", "p.npz").split(), "--model", model, "--data", "bundled-general",
+        "--dry-run", cwd=tmp_path,
+    )  # fmt: skip
+    assert "1,000 tokens, 50 texts a round" in described.stdout
+
+
+def test_a_round_of_no_text_is_refused(nexus, tmp_path):
+    result = nexus("collect", "--batch-select", "0", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "collect.batch_select" in result.stderr
+
+
 def test_a_mistake_is_one_line_and_a_code(nexus, tmp_path):
     result = nexus("collect", "--target-tokens", "0", cwd=tmp_path)
     assert result.returncode == 2

@@ -42,6 +42,7 @@ def stats(tiny_model_dir, tmp_path):
 @pytest.fixture
 def converted(tiny_model_dir, tmp_path):
     def run(**settings):
+        settings = {"init_strategy": "pca_topK"} | settings
         settings = {"model": str(tiny_model_dir), "output": tmp_path / "out"} | settings
         convert.run(ConvertConfig(**settings), Workspace(tmp_path / "workspace"))
         return settings["output"]

@@ -122,6 +122,7 @@ def test_experts_that_decode_to_no_number(model, tmp_path):
     config = ConvertConfig(
         model=str(model),
         output=tmp_path / "out",
+        init_strategy="pca_topK",
         pca_stats=statistics(model, tmp_path / "stats.json"),
     )
     with pytest.raises(
@@ -187,6 +188,7 @@ def test_any_other_width_converts(model, tmp_path, width):
     config = ConvertConfig(
         model=str(model),
         output=tmp_path / "out",
+        init_strategy="pca_topK",
         pca_stats=statistics(model, tmp_path / "stats.json"),
         shared_intermediate_size=width,
     )
@@ -199,6 +201,7 @@ def test_a_dry_run_says_what_is_read_written_and_held(model, tmp_path, capsys):
     config = ConvertConfig(
         model=str(model),
         output=tmp_path / "out",
+        init_strategy="pca_topK",
         pca_stats=statistics(model, tmp_path / "stats.json"),
         copy_shards=True,
     )
@@ -207,3 +210,18 @@ def test_a_dry_run_says_what_is_read_written_and_held(model, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     for row in ("read of the experts", "copy", "write", "hold in memory", "12,546"):
         assert row in out
+
+
+def test_a_forced_conversion_that_does_not_fit_leaves_the_one_before(
+    model, tmp_path, monkeypatch, capsys
+):
+    config = ConvertConfig(model=str(model), output=tmp_path / "out", init_strategy="random")
+    convert.run(config, Workspace(tmp_path / "w"))
+    other = config.model_copy(update={"seed": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_plan, "_free_memory", lambda: 2**20)
+        with pytest.raises(ResourceError):
+            convert.run(other, Workspace(tmp_path / "w"), force=True)
+    capsys.readouterr()
+    convert.run(config, Workspace(tmp_path / "w"))
+    assert capsys.readouterr().out == ""  # up to date: nothing was written again

@@ -149,7 +149,10 @@ def test_the_metadata_says_what_the_model_was_made_from(tiny_model_dir, tmp_path
     }
     (tmp_path / "stats.json").write_text(json.dumps(stats))
     config = ConvertConfig(
-        model=str(tiny_model_dir), output=tmp_path / "out", pca_stats=tmp_path / "stats.json"
+        model=str(tiny_model_dir),
+        init_strategy="pca_topK",
+        pca_stats=tmp_path / "stats.json",
+        output=tmp_path / "out",
     )
     convert.run(config, Workspace(tmp_path / "w"))
     record = json.loads((tmp_path / "out" / "conversion_metadata.json").read_text())

@@ -42,6 +42,12 @@ class CollectConfig(ConfigModel):
         le=1,
         description="0: all token types count alike when text is chosen; 1: by their frequency.",
     )
+    batch_select: int = Field(
+        1,
+        gt=0,
+        description="Texts taken before their gains are computed again; more is faster and covers "
+        "less.",
+    )
     reservoir: int = Field(
         4096, ge=0, description="Tokens whose probabilities are kept as they are, for plots."
     )

@@ -10,9 +10,12 @@ from pydantic import Field, field_validator, model_validator
 
 from nexus_cli.config.base import ConfigModel
 from nexus_cli.config.shared import EMBEDDED, AdapterBase
+from nexus_cli.io.uri import REPOSITORY
 
-PCA = re.compile(r"pca_top(\d+|K)")
+# Of chosen experts: all that the statistics name, or the first N.
+SELECTED = re.compile(r"(?:pca_top(\d+|K)|(?P<units>neurons(?:_weighted)?)(?:_top(\d+|K))?)")
 STRATEGIES = ("random", "top1", "top1_average", "top4_average")
+NAMES = ("pca_topK", "neurons", "neurons_weighted", *STRATEGIES)
 START = (
     "pca_stats",
     "init_strategy",
@@ -29,18 +32,31 @@ class ConvertConfig(ConfigModel):
 
     model: str = Field(
         EMBEDDED,
-        description="Model folder to convert, or 'embedded'; or an adapter, to be made a whole "
-        "model again.",
+        description="Model folder to convert, or 'embedded'; or an adapter (a folder, or "
+        "hf://OWNER/NAME on the hub), to be made a whole model again.",
     )
     base: AdapterBase = None
     adapter: bool = Field(
         False, description="Write a converted model or a checkpoint as an adapter."
     )
+    push_to_hub: str | None = Field(
+        None,
+        exclude=True,  # says where, never what: it leaves no stage stale
+        description="Repository OWNER/NAME of the hub that gets the adapter; made if it is new.",
+    )
+    public: bool = Field(
+        False,
+        exclude=True,
+        description="The repository is public; without it a new one is private, and a public one "
+        "is refused.",
+    )
     pca_stats: Path | None = Field(None, description="Chosen experts; by default the pca stage's.")
     init_strategy: str = Field(
-        "pca_topK",
-        description="pca_topK (all experts in the statistics), pca_topN for the first N of them, "
-        "random, top1, top1_average or top4_average.",
+        "neurons_weighted_top8",
+        description="neurons: whole hidden units, those that contribute most; neurons_weighted: the "
+        "same, each as strong as its expert is used; pca_topK: the mean of experts. Each takes all "
+        "experts in the statistics, or with _topN the first N of them. Or random, top1, "
+        "top1_average, top4_average.",
     )
     start: Literal["gate", "zero-down", "scaled"] = Field(
         "gate",
@@ -59,17 +75,14 @@ class ConvertConfig(ConfigModel):
     @field_validator("init_strategy")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in STRATEGIES and not PCA.fullmatch(value):
-            raise ValueError(
-                f"init strategy {value!r} is none of pca_topK, {', '.join(STRATEGIES)}"
-            )
+        if value not in STRATEGIES and not SELECTED.fullmatch(value):
+            raise ValueError(f"init strategy {value!r} is none of {', '.join(NAMES)}")
         return value
 
     @model_validator(mode="after")
     def _pca_needs_experts(self) -> Self:
-        match = PCA.fullmatch(self.init_strategy)
-        if match and match[1] == "0":
-            raise ValueError("pca_top0 would average no expert")
+        if self.num_experts == 0:
+            raise ValueError(f"{self.init_strategy} would take no expert")
         return self
 
     @model_validator(mode="after")
@@ -81,8 +94,20 @@ class ConvertConfig(ConfigModel):
                 f"an adapter holds the shared expert as it is: {', '.join(given)} would have no "
                 "effect"
             )
-        if self.output is None:
+        if self.output is None and self.push_to_hub is None:
             raise ValueError("--adapter needs the adapter's folder, --output")
+        return self
+
+    @model_validator(mode="after")
+    def _pushes_an_adapter(self) -> Self:
+        if self.push_to_hub is None:
+            if self.public:
+                raise ValueError("--public says how to push: give --push-to-hub")
+            return self
+        if not self.adapter:
+            raise ValueError("--push-to-hub pushes adapters: give --adapter too")
+        if not REPOSITORY.fullmatch(self.push_to_hub):
+            raise ValueError(f"--push-to-hub takes OWNER/NAME, not {self.push_to_hub!r}")
         return self
 
     @property
@@ -96,7 +121,14 @@ class ConvertConfig(ConfigModel):
         return self.num_shared_experts > 0 and self.init_strategy != "random"
 
     @property
+    def needs_units(self) -> bool:
+        """Whether the strategy reads what hidden units contribute."""
+        match = SELECTED.fullmatch(self.init_strategy)
+        return self.num_shared_experts > 0 and match is not None and match["units"] is not None
+
+    @property
     def num_experts(self) -> int | None:
-        """The N of ``pca_topN``; ``None`` for all experts in the statistics."""
-        match = PCA.fullmatch(self.init_strategy)
-        return int(match[1]) if match and match[1] != "K" else None
+        """The N of ``pca_topN`` or ``neurons_topN``; ``None`` for all that the statistics name."""
+        match = SELECTED.fullmatch(self.init_strategy)
+        count = None if match is None else match[1] or match[3]
+        return None if count in (None, "K") else int(count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ NEXUS_TYPE = "nexus_gpt_oss"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 ADAPTER = "nexus_adapter.json"
+CONVERSION = "conversion_metadata.json"
+TRAINED = "nexus-trained.safetensors"
 SAMPLES = 16
 SAMPLE_BYTES = 4096
 
@@ -51,6 +54,13 @@ def resolve_model(name: str | Path) -> Path:
     Raises:
         ConfigError: there is no such folder, or it is no model.
     """
+    if str(name).startswith("hf://"):
+        repository, at, revision = str(name).removeprefix("hf://").partition("@")
+        wanted = f"{repository} --revision {revision}" if at else repository
+        raise ConfigError(
+            f"{name} is no model folder: of the hub, adapters alone are read",
+            hint=f"run: hf download {wanted}, and give the folder that it prints",
+        )
     path = embedded.MODEL_DIR if str(name) == EMBEDDED else Path(name).expanduser()
     if not path.is_dir():
         raise ConfigError(
@@ -133,8 +143,8 @@ def weight_map(path: Path) -> dict[str, str]:
     """Which file of the folder holds each tensor.
 
     Raises:
-        ArtifactError: no weights, a listed shard is missing, or the index names a file
-            outside the folder.
+        ArtifactError: no weights, a listed shard is missing or its link leads nowhere, or the
+            index names a file outside the folder.
     """
     if (path / INDEX).is_file():
         listed = read_json(path / INDEX).get("weight_map")
@@ -157,11 +167,36 @@ def weight_map(path: Path) -> dict[str, str]:
                 hint="use the index that was published with the shards",
             )
         if not (path / name).is_file():
-            raise ArtifactError(
-                f"{path} lacks the shard {name} that its index lists",
-                hint="download it, or link it again if the folder that held it has moved",
-            )
+            raise _lacking(path, name)
     return files
+
+
+def require_links(path: Path) -> None:
+    """Refuse a converted folder whose links to its base lead nowhere.
+
+    Raises:
+        ArtifactError: a shard is a symbolic link to a file that is not there.
+    """
+    for shard in sorted(path.glob("*.safetensors")):
+        if shard.is_symlink() and not shard.exists():
+            raise _lacking(path, shard.name)
+
+
+def _lacking(path: Path, name: str) -> ArtifactError:
+    """The error for a shard of ``path`` that is not there, or linked to where none is."""
+    if not (path / name).is_symlink():
+        return ArtifactError(
+            f"{path} lacks the shard {name} that its index lists", hint="download it again"
+        )
+    target = path / (path / name).readlink()
+    if not (path / CONVERSION).is_file():
+        return ArtifactError(
+            f"{path / name} is a link to {target}, which is not there", hint="download it again"
+        )
+    return ArtifactError(
+        f"the base of {path} has moved: {name} is a link to {target}, which is not there",
+        hint=f"move it back, or {_relink(path)}",
+    )
 
 
 def read_header(shard: Path) -> dict[str, Any]:
@@ -200,12 +235,30 @@ def fingerprint(path: Path) -> str:
 
     Hashing all of the 120B model would take minutes for every command, so each shard gives
     its header and sixteen evenly spaced pages; other weights of the same shape differ in them.
+
+    Raises:
+        ArtifactError: a shard is missing or damaged, or is not the one that was converted.
     """
-    shards = {name: _sample(path / name) for name in sorted(set(weight_map(path).values()))}
+    shards = shard_digests(path)
+    _require_unchanged(path, shards)
     return sha256_json({"config": read_config(path), "shards": shards})
 
 
-def _sample(shard: Path) -> str:
+def shard_digests(path: Path) -> dict[str, str]:
+    """What :func:`fingerprint` takes of each shard, by its name: a SHA-256, hex.
+
+    Raises:
+        ArtifactError: a shard is missing or damaged.
+    """
+    return {name: shard_digest(path / name) for name in sorted(set(weight_map(path).values()))}
+
+
+def shard_digest(shard: Path) -> str:
+    """SHA-256, hex, of a safetensors file's size, header and sixteen pages.
+
+    Raises:
+        ArtifactError: the file is truncated or not safetensors.
+    """
     size = shard.stat().st_size
     digest = hashlib.sha256(json.dumps([size, read_header(shard)], sort_keys=True).encode())
     with shard.open("rb") as file:
@@ -213,3 +266,32 @@ def _sample(shard: Path) -> str:
             file.seek(max(0, (size - SAMPLE_BYTES) * number // (SAMPLES - 1)))
             digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _require_unchanged(path: Path, shards: Mapping[str, str]) -> None:
+    """Refuse a converted folder if its shards, which may be links, are other ones by now."""
+    if not (path / CONVERSION).is_file():
+        return
+    base = read_json(path / CONVERSION).get("base")
+    recorded = base.get("shards") if isinstance(base, dict) else None
+    if not isinstance(base, dict) or not isinstance(recorded, dict):
+        return  # converted by a version that did not record them
+    for name, digest in shards.items():
+        # A lone shard has another name in the converted folder.
+        expected = recorded.get(name, recorded.get(SINGLE))
+        if name != TRAINED and expected is not None and expected != digest:
+            raise ArtifactError(
+                f"the base of {path} has changed since it was converted: {name}, which was of "
+                f"{base.get('path') or base.get('name')}, holds other bytes",
+                hint=f"put the original's bytes back, or {_relink(path)}",
+            )
+
+
+def _relink(path: Path) -> str:
+    """What to type where a converted folder lost its base and another copy of that is there."""
+    if not (path / TRAINED).is_file():
+        return "convert the original model again"
+    return (
+        f"run: nexus convert --adapter --input {path} --output ADAPTER; "
+        "then: nexus convert --input ADAPTER --base BASE --output MODEL"
+    )

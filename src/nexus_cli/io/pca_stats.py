@@ -1,12 +1,19 @@
-"""Read the ``nexus.pca_stats/1`` file: which experts each layer's shared expert starts from."""
+"""Read which experts each layer's shared expert starts from, and how much each is used.
+
+Two files say so: ``nexus.pca_stats/1``, and activation counts alone in the layout of the original
+tool, which names no chosen experts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nexus_cli.errors import ArtifactError
 from nexus_cli.io import model_dir
+from nexus_cli.io.activation_counts import counted_usage, is_activation_counts
 
 FORMAT = "nexus.pca_stats/1"
 AGAIN = "run nexus pca again, with --force"
@@ -14,30 +21,57 @@ AGAIN = "run nexus pca again, with --force"
 
 @dataclass(frozen=True)
 class PcaStats:
-    """The chosen experts of each layer, best first, and how much each expert is used.
+    """The chosen experts of each layer, and how much each expert is used.
 
-    ``method`` and ``tokens`` are for the record; statistics that another tool wrote may not say.
+    Attributes:
+        model_fingerprint: of the model that was measured; ``None`` in activation counts.
+        num_layers: L.
+        num_experts: E.
+        top_k: experts chosen in every layer; ``None`` if layers differ, or none are chosen.
+        experts: for each layer, the chosen ones, best first; ``None`` in activation counts.
+        usage: for each layer, of every expert.
+        method: how they were chosen, for the record; files of other tools may not say.
+        tokens: how many were measured, likewise.
     """
 
-    model_fingerprint: str
+    model_fingerprint: str | None
     num_layers: int
     num_experts: int
-    top_k: int
-    experts: tuple[tuple[int, ...], ...]
+    top_k: int | None
+    experts: tuple[tuple[int, ...], ...] | None
     usage: tuple[tuple[float, ...], ...]
     method: str | None
     tokens: int | None
 
 
 def load_pca_stats(path: Path) -> PcaStats:
-    """Read and check the file.
+    """Read and check either file.
 
     Raises:
-        ArtifactError: not such a file, or its numbers do not fit each other.
+        ArtifactError: neither of them, or its numbers do not fit each other.
     """
     document = model_dir.read_json(path)
+    if is_activation_counts(document):
+        usage = counted_usage(document, path)
+        return PcaStats(
+            model_fingerprint=None,
+            num_layers=len(usage),
+            num_experts=len(usage[0]),
+            top_k=None,
+            experts=None,
+            usage=usage,
+            method=None,
+            tokens=None,
+        )
     if document.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is not a {FORMAT} file", hint="nexus pca writes it")
+        raise ArtifactError(
+            f"{path} is not a {FORMAT} file, and holds no activation counts either",
+            hint="nexus pca writes it",
+        )
+    return _chosen(document, path)
+
+
+def _chosen(document: dict[str, Any], path: Path) -> PcaStats:
     try:
         layers = [document["layers"][f"layer_{i}"] for i in range(document["num_layers"])]
         stats = PcaStats(
@@ -52,13 +86,20 @@ def load_pca_stats(path: Path) -> PcaStats:
         )
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path} is damaged: it lacks {error}", hint=AGAIN) from error
-    known = range(stats.num_experts)
-    if any(len(chosen) != stats.top_k or not set(chosen) <= set(known) for chosen in stats.experts):
-        raise ArtifactError(
-            f"{path} is damaged: a layer names experts that do not exist", hint=AGAIN
-        )
-    if any(len(usage) != stats.num_experts for usage in stats.usage):
-        raise ArtifactError(
-            f"{path} is damaged: a layer lacks the usage of its experts", hint=AGAIN
-        )
+    for layer, (chosen, usage) in enumerate(zip(stats.experts or (), stats.usage, strict=True)):
+        if problem := _choice_problem(chosen, stats) or _usage_problem(usage, stats):
+            raise ArtifactError(f"{path} is damaged: layer {layer} {problem}", hint=AGAIN)
     return stats
+
+
+def _choice_problem(chosen: Sequence[Any], stats: PcaStats) -> str:
+    if not chosen or len(chosen) != (stats.top_k or len(chosen)):
+        return f"names {len(chosen)} experts, not {stats.top_k or 'one or more'}"
+    if any(type(expert) is not int or not 0 <= expert < stats.num_experts for expert in chosen):
+        return "names experts that do not exist"
+    return "names an expert twice" if len(set(chosen)) < len(chosen) else ""
+
+
+def _usage_problem(usage: Sequence[Any], stats: PcaStats) -> str:
+    numbers = all(isinstance(share, int | float) and share >= 0 for share in usage)
+    return "" if len(usage) == stats.num_experts and numbers else "lacks the usage of its experts"

@@ -14,6 +14,7 @@ UNDERSTOOD = (
     "a location is a path, file:///folder, s3://bucket/folder, gs://bucket/folder "
     "or hf://datasets/owner/name/folder"
 )
+REPOSITORY = re.compile(r"[0-9A-Za-z_][\w.-]*/[0-9A-Za-z_][\w.-]*", re.ASCII)  # of the hub
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(/+)(.*)", re.DOTALL)
 _TYPES = ("datasets", "spaces")  # of the hub's repositories; a model has no prefix
 _BUCKET = re.compile(r"[A-Za-z0-9._-]+")

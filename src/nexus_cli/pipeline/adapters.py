@@ -3,21 +3,54 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
+from nexus_cli import embedded
 from nexus_cli.core.model.gpt_oss.adapter import (
     Adapter,
     apply_adapter,
+    is_base,
     read_adapter,
     require_base,
 )
 from nexus_cli.errors import ArtifactError, ConfigError
-from nexus_cli.io import lock, model_dir
+from nexus_cli.io import adapter_dir, hub, hub_cache, lock, model_dir
 from nexus_cli.io.hashing import sha256_json
 from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline.inputs import Artifact, model_input
 
 log = logging.getLogger(__name__)
+
+
+def names_adapter(name: str | Path) -> bool:
+    """Whether ``name`` is an adapter's folder, or ``hf://owner/name``; the hub is not asked."""
+    return hub.is_uri(name) or model_dir.is_adapter(Path(name).expanduser())
+
+
+def adapter_folder(name: str | Path) -> Path:
+    """The folder of an adapter; one on the hub is downloaded into the hub's own cache.
+
+    Raises:
+        ConfigError: ``hf://...`` is misspelled.
+        ArtifactError: the hub has no such repository, or it is no adapter.
+        ResourceError: the hub cannot be read.
+    """
+    if not hub.is_uri(name):
+        return Path(name).expanduser()
+    folder = hub.pull(hub.parse_repository(name))
+    log.info("%s is in %s", name, folder)
+    return folder
+
+
+def open_adapter(name: str | Path) -> Adapter:
+    """The adapter in a folder or on the hub, verified.
+
+    Raises:
+        NexusError: see :func:`adapter_folder`.
+        ArtifactError: it is damaged.
+    """
+    return read_adapter(adapter_folder(name), str(name))
 
 
 def model_or_adapter(name: str | Path, workspace: Workspace, base: str | None) -> Artifact:
@@ -27,37 +60,50 @@ def model_or_adapter(name: str | Path, workspace: Workspace, base: str | None) -
     run does not know which of the two it was given.
 
     Args:
-        name: a model folder, an adapter's folder, or the embedded model.
+        name: a model folder, an adapter's folder, ``hf://owner/name``, or the embedded model.
         workspace: whose cache keeps the adapter's model, at the price of the adapter.
-        base: where the adapter's base is, if not where the adapter says.
+        base: where the adapter's base is, if not where it is looked for by itself.
 
     Raises:
         ConfigError: there is no such model, or the adapter's base is not there.
         ArtifactError: the adapter is damaged, or the base is not the one that it was made from.
-        ResourceError: the cache cannot be written.
+        ResourceError: the cache cannot be written, or the hub cannot be read.
     """
-    path = Path(name).expanduser()
-    if not model_dir.is_adapter(path):
+    if not names_adapter(name):
         return model_input(name)
-    adapter = read_adapter(path)
+    adapter = open_adapter(name)
     return model_input(_applied(adapter, find_base(adapter, base), workspace))
 
 
 def find_base(adapter: Adapter, given: str | None) -> Path:
-    """The folder of the model that an adapter was made from.
+    """The folder of the model that an adapter was made from; nothing is downloaded.
+
+    It is at ``given``; or where it was when the adapter was made on this machine; or, by its name,
+    with the package or in the cache of the hub, if its fingerprint is the adapter's.
 
     Raises:
-        ConfigError: it is not at ``given``, or not where the adapter says.
-        ArtifactError: another model is there.
+        ConfigError: it is at none of these.
+        ArtifactError: another model is at ``given`` or where the base was.
     """
-    recorded = Path(adapter.config.base.path)
-    if given is None and not model_dir.is_model(recorded):
-        raise ConfigError(
-            f"the base of {adapter.path} is not at {recorded}", hint="give its folder with --base"
-        )
-    found = model_dir.resolve_model(recorded if given is None else given)
-    require_base(found, adapter)
-    return found
+    recorded = adapter_dir.read_local_base(adapter.path)
+    named: str | Path | None = given
+    if named is None and recorded is not None and model_dir.is_model(recorded):
+        named = recorded
+    if named is not None:
+        found = model_dir.resolve_model(named)
+        require_base(found, adapter)
+        return found
+    for place in _places(adapter):
+        if _is_base(place, adapter):
+            return place
+    base, hint = adapter.config.base, "give its folder with --base"
+    message = f"the base of {adapter.name}, {base.name}, is not on this machine"
+    if recorded is not None:
+        message = f"the base of {adapter.name} is not at {recorded}"
+    if base.repository is not None:
+        revision = f" --revision {base.revision}" if base.revision else ""
+        hint = f"run: hf download {base.repository}{revision}; or {hint}"
+    raise ConfigError(message, hint=hint)
 
 
 def require_use(base: str | None, *models: str | Path | None) -> None:
@@ -66,12 +112,30 @@ def require_use(base: str | None, *models: str | Path | None) -> None:
     Raises:
         ConfigError: no model is an adapter.
     """
-    asked = (Path(name).expanduser() for name in models if name is not None)
-    if base is not None and not any(model_dir.is_adapter(path) for path in asked):
+    asked = (name for name in models if name is not None)
+    if base is not None and not any(names_adapter(name) for name in asked):
         raise ConfigError(
             "--base says where the base of an adapter is, and no adapter is given",
             hint="leave it out, or give an adapter",
         )
+
+
+def _places(adapter: Adapter) -> Iterator[Path]:
+    """Where the model that the adapter names may be on any machine."""
+    base = adapter.config.base
+    if base.name == model_dir.EMBEDDED:
+        yield embedded.MODEL_DIR.resolve()
+    if base.repository is not None:
+        for snapshot in hub_cache.snapshots(base.repository, base.revision):
+            yield snapshot.resolve()
+
+
+def _is_base(place: Path, adapter: Adapter) -> bool:
+    """Whether that is the base; a download that was cut short is not."""
+    try:
+        return model_dir.is_model(place) and is_base(place, adapter)
+    except ArtifactError:
+        return False
 
 
 def _applied(adapter: Adapter, base: Path, workspace: Workspace) -> Path:
@@ -81,16 +145,16 @@ def _applied(adapter: Adapter, base: Path, workspace: Workspace) -> Path:
     with lock.exclusive(folder.with_name(f".{key}.lock"), wait=True):
         if not _is_whole(folder):
             apply_adapter(folder, base, adapter)
-    log.info("reading %s on %s as %s", adapter.path, base, folder)
+    log.info("reading %s on %s as %s", adapter.name, base, folder)
     return folder
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the cached model is there; someone may have deleted some of it."""
+    """Whether the cached model is there; some of it may be deleted, or linked to what changed."""
     if not model_dir.is_model(folder):
         return False
     try:
-        model_dir.weight_map(folder)
+        model_dir.fingerprint(folder)
     except ArtifactError:
         return False
     return True

@@ -41,7 +41,7 @@ def describe(
             ("layers x experts", f"{shape.num_layers} x {shape.num_experts}"),
             ("on", f"{world.device}, {world.size} rank(s), {str(dtype).removeprefix('torch.')}"),
             ("text", ", ".join(f"{s.name}@{s.split} ({s.origin})" for s in sources)),
-            ("choose", f"{config.target_tokens:,} tokens"),
+            ("choose", f"{config.target_tokens:,} tokens{_rounds(config)}"),
             ("from", f"{config.max_candidates:,} texts of {config.max_seq_length} tokens at most"),
             ("take about", f"{gib(memory)} of {gib(memory_left)} of memory free"),
             ("write at most", f"{gib(disk)} of {gib(disk_left)} free"),
@@ -55,6 +55,10 @@ def describe(
         )
     if disk > disk_left:
         raise ResourceError(f"{target} has no room for {gib(disk)}", hint="use another --output")
+
+
+def _rounds(config: CollectConfig) -> str:
+    return f", {config.batch_select} texts a round" if config.batch_select > 1 else ""
 
 
 def _working_bytes(

@@ -74,6 +74,7 @@ def make_plan(config: CollectConfig, model: Artifact, shape: ModelShape) -> Coll
         counts,
         target_tokens=config.target_tokens,
         exponent=config.coverage_exponent,
+        batch_select=config.batch_select,
         seed=config.seed,
     )
     _warn_if_short(config, selection)
@@ -96,6 +97,7 @@ def make_plan(config: CollectConfig, model: Artifact, shape: ModelShape) -> Coll
         report={
             "target_tokens": config.target_tokens,
             "target_reached": selection.tokens >= config.target_tokens,
+            "batch_select": config.batch_select,
             "coverage": coverage,
             "text": text.report.as_dict(),
         },

@@ -18,10 +18,16 @@ from nexus_cli.io import console, model_dir, tensor_files
 from nexus_cli.io.model_dir import ModelShape
 from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline import convert_adapter
-from nexus_cli.pipeline.adapters import require_use
-from nexus_cli.pipeline.convert_choice import Choice, choose
+from nexus_cli.pipeline.adapters import names_adapter, require_use
+from nexus_cli.pipeline.convert_choice import choose
 from nexus_cli.pipeline.convert_plan import Plan, describe, make_plan, require_room, width_of
 from nexus_cli.pipeline.convert_record import conversion_record
+from nexus_cli.pipeline.convert_start import (
+    Source,
+    choose_neurons,
+    starting_expert,
+    units_record,
+)
 from nexus_cli.pipeline.inputs import Artifact, model_input, stage_input
 from nexus_cli.pipeline.stage import stage
 
@@ -48,28 +54,36 @@ def run(
     if config.adapter:
         convert_adapter.to_adapter(config, workspace, force=force, dry_run=dry_run)
         return
-    if model_dir.is_adapter(Path(config.model).expanduser()):
+    if names_adapter(config.model):
         convert_adapter.to_model(config, workspace, force=force, dry_run=dry_run)
         return
     model = model_input(config.model)
     shape, reader = _open(model.path)
     inputs = {"model": model}
-    choice = None
+    source = Source(reader, None)
     if config.needs_stats:
         inputs["pca"] = stage_input(workspace, "pca", config.pca_stats)
         choice = choose(config, inputs["pca"], model, shape)
-    plan = make_plan(config, model.path, shape, choice)
+        units = choose_neurons(config, choice, shape) if config.needs_units else None
+        source = Source(reader, choice, units)
+    plan = make_plan(config, model.path, shape, source.choice)
     if dry_run:
         describe(plan, config, workspace, model.path, shape)
         require_room(plan, config, workspace)
         return
     with stage(
-        "convert", config, workspace, main="model", inputs=inputs, output=config.output, force=force
+        "convert",
+        config,
+        workspace,
+        main="model",
+        inputs=inputs,
+        output=config.output,
+        force=force,
+        check=lambda: require_room(plan, config, workspace),
     ) as out:
         if out is None:
             return
-        require_room(plan, config, workspace)
-        _write(out.main, config, model, reader, choice, plan)
+        _write(out.main, config, model, source, plan)
         out.add(out.main, format=FORMAT)
         console.result(
             f"{out.main}: {shape.num_layers} layers of {shape.num_experts} experts, "
@@ -97,17 +111,19 @@ def _write(
     target: Path,
     config: ConvertConfig,
     model: Artifact,
-    reader: ExpertReader,
-    choice: Choice | None,
+    source: Source,
     plan: Plan,
 ) -> None:
-    shape = SharedExpertShape(config.num_shared_experts, width_of(config, reader.shape))
+    sizes = source.reader.shape
+    record = conversion_record(config, model, sizes, source.choice, plan)
+    if source.units is not None:
+        record["units"] = units_record(source.units)
     write_model_directory(
         target,
         model.path,
-        TensorStream(_layout(config, reader.shape), _tensors(config, reader, choice)),
-        shape=shape,
-        metadata=conversion_record(config, model, reader.shape, choice, plan),
+        TensorStream(_layout(config, sizes), _tensors(config, source)),
+        shape=SharedExpertShape(config.num_shared_experts, width_of(config, sizes)),
+        metadata=record,
         link="copy" if config.copy_shards else "hard",
     )
 
@@ -125,15 +141,13 @@ def _layout(config: ConvertConfig, shape: ModelShape) -> dict[str, Tensor]:
         }
 
 
-def _tensors(
-    config: ConvertConfig, reader: ExpertReader, choice: Choice | None
-) -> Iterator[tuple[str, Tensor]]:
+def _tensors(config: ConvertConfig, source: Source) -> Iterator[tuple[str, Tensor]]:
     """The shared experts, one layer in memory at a time."""
     if not config.num_shared_experts:
         return
     generator = torch.Generator().manual_seed(config.seed)
-    for layer in console.progress(range(reader.shape.num_layers), "shared experts"):
-        stored = _stored(config, layer, _start_of(config, reader, choice, layer, generator))
+    for layer in console.progress(range(source.reader.shape.num_layers), "shared experts"):
+        stored = _stored(config, layer, starting_expert(config, source, layer, generator))
         for name, tensor in stored.items():
             if not torch.isfinite(tensor).all():
                 raise ArtifactError(
@@ -152,17 +166,3 @@ def _stored(config: ConvertConfig, layer: int, expert: ExpertWeights) -> Mapping
         output_scale=config.output_scale,
         dtype=torch.bfloat16,
     )
-
-
-def _start_of(
-    config: ConvertConfig,
-    reader: ExpertReader,
-    choice: Choice | None,
-    layer: int,
-    generator: torch.Generator,
-) -> ExpertWeights:
-    width = width_of(config, reader.shape)
-    if choice is None:
-        return initialise.random_expert(reader.shape.hidden_size, width, generator)
-    average = initialise.read_average(reader, choice.places[layer])
-    return initialise.fit_width(average, width, generator)

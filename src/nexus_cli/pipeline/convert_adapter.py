@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,13 +16,17 @@ from nexus_cli.core.model.gpt_oss.adapter import (
     write_adapter,
 )
 from nexus_cli.core.model.gpt_oss.export import NEXUS_SHARD
-from nexus_cli.errors import ConfigError, ResourceError
-from nexus_cli.io import adapter_dir, console, model_dir
+from nexus_cli.errors import ArtifactError, ConfigError, ResourceError
+from nexus_cli.io import adapter_dir, console, hub, model_dir
+from nexus_cli.io.hashing import sha256_json
 from nexus_cli.io.workspace import Workspace
-from nexus_cli.pipeline.adapters import find_base
+from nexus_cli.pipeline import share
+from nexus_cli.pipeline.adapters import find_base, names_adapter, open_adapter
 from nexus_cli.pipeline.capacity import free_disk, gib
 from nexus_cli.pipeline.inputs import Artifact, model_input
 from nexus_cli.pipeline.stage import stage
+
+log = logging.getLogger(__name__)
 
 MODEL = "nexus.model/1"
 
@@ -41,7 +46,7 @@ def to_model(
             "would have no effect",
             hint="leave that out, or convert the original model",
         )
-    adapter = read_adapter(Path(config.model).expanduser())
+    adapter = open_adapter(config.model)
     base = find_base(adapter, config.base)
     inputs = {
         "adapter": Artifact(adapter.path, adapter.digest),
@@ -57,27 +62,33 @@ def to_model(
             return
         apply_adapter(out.main, base, adapter, link="copy" if config.copy_shards else "hard")
         out.add(out.main, format=MODEL)
-        console.result(f"{out.main}: {adapter.path} on {base}")
+        console.result(f"{out.main}: {adapter.name} on {base}")
 
 
 def to_adapter(
     config: ConvertConfig, workspace: Workspace, *, force: bool = False, dry_run: bool = False
 ) -> None:
-    """Write what Nexus added to the converted model or checkpoint ``config.model``.
+    """Write what Nexus added to the converted model or checkpoint ``config.model``, and push it.
+
+    The model's base need not be there. An adapter is pushed as it is.
 
     Raises:
-        ConfigError: it has no shared expert, or is an adapter already.
+        ConfigError: it has no shared expert, or is an adapter already and not to be pushed.
         ArtifactError: it is damaged, or does not name its base.
+        ResourceError: the hub does not answer or refuses.
     """
-    assert config.output is not None  # the config asks for it
-    if model_dir.is_adapter(Path(config.model).expanduser()):
-        raise ConfigError(f"{config.model} is an adapter already", hint="copy its folder")
-    model = model_input(config.model)
-    read_sizes(model.path)  # before the base is missed: an original model names none
-    base, _ = read_conversion(model.path)
+    if config.push_to_hub is not None:
+        hub.require_writer()
+    if names_adapter(config.model):
+        _push_as_it_is(config, dry_run=dry_run)
+        return
+    if config.output is None:
+        raise ConfigError("--adapter needs the adapter's folder, --output", hint="give --output")
+    model = _trained(model_dir.resolve_model(config.model))
+    place, _ = read_conversion(model.path)
     if dry_run:
         size = (model.path / NEXUS_SHARD).stat().st_size
-        rows = [("make an adapter of", model.path), ("to be put on", base.path)]
+        rows = [("make an adapter of", model.path), ("to be put on", place), *_pushed(config)]
         _describe(rows, size, config.output)
         return
     with stage(
@@ -89,12 +100,59 @@ def to_adapter(
         output=config.output,
         force=force,
     ) as out:
-        if out is None:
-            return
-        write_adapter(out.main, model.path)
-        out.add(out.main, format=adapter_dir.FORMAT)
-        size = adapter_dir.read_config(out.main).tensors.bytes
-        console.result(f"{out.main}: {gib(size)}, to be put on {base.path}")
+        if out is not None:
+            write_adapter(out.main, model.path)
+            out.add(out.main, format=adapter_dir.FORMAT)
+            size = adapter_dir.read_config(out.main).tensors.bytes
+            console.result(f"{out.main}: {gib(size)}, to be put on {place}")
+    if config.push_to_hub is not None:
+        adapter = read_adapter(config.output.expanduser())
+        share.push(adapter, config.push_to_hub, public=config.public)
+
+
+def _push_as_it_is(config: ConvertConfig, *, dry_run: bool) -> None:
+    if config.push_to_hub is None:
+        raise ConfigError(
+            f"{config.model} is an adapter already", hint="copy its folder, or give --push-to-hub"
+        )
+    if config.output is not None:
+        raise ConfigError(
+            f"{config.model} is an adapter already, and is pushed as it is",
+            hint="leave out --output",
+        )
+    adapter = open_adapter(config.model)
+    if dry_run:
+        rows = [("push", adapter.name), ("size", gib(adapter.config.tensors.bytes))]
+        console.result_table("nexus convert would", ("what", "value"), [*rows, *_pushed(config)])
+        return
+    share.push(adapter, config.push_to_hub, public=config.public)
+
+
+def _trained(path: Path) -> Artifact:
+    """A converted model by what an adapter is made of: links to a base that is gone do no harm."""
+    read_sizes(path)
+    if not (path / NEXUS_SHARD).is_file():
+        raise ArtifactError(f"{path} lacks {NEXUS_SHARD}", hint="copy the model again, whole")
+    if (problem := _problem(path)) is not None:
+        log.warning("%s; the adapter is made of what was trained, and fits the original", problem)
+    shard = model_dir.shard_digest(path / NEXUS_SHARD)
+    return Artifact(path, sha256_json({"config": model_dir.read_config(path), "trained": shard}))
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with the linked base of a converted model, if anything is."""
+    try:
+        model_input(path)
+    except ArtifactError as error:
+        return str(error)
+    return None
+
+
+def _pushed(config: ConvertConfig) -> list[tuple[str, object]]:
+    if config.push_to_hub is None:
+        return []
+    seen = "public" if config.public else "private, if it is new"
+    return [("push to", f"{config.push_to_hub} ({seen})")]
 
 
 def _describe_model(
@@ -105,7 +163,7 @@ def _describe_model(
     added = adapter.config.tensors.bytes
     _describe(
         [
-            ("put", adapter.path),
+            ("put", adapter.name),
             ("on", base),
             ("copy" if config.copy_shards else "link", gib(base_bytes)),
         ],

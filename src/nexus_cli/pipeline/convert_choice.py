@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,8 @@ from nexus_cli.errors import ArtifactError, ConfigError
 from nexus_cli.io.model_dir import ModelShape
 from nexus_cli.io.pca_stats import PcaStats, load_pca_stats
 from nexus_cli.pipeline.inputs import Artifact
+
+log = logging.getLogger(__name__)
 
 Place = tuple[int, int]  # layer, expert
 
@@ -33,9 +37,12 @@ class Choice:
 def choose(config: ConvertConfig, pca: Artifact, model: Artifact, shape: ModelShape) -> Choice:
     """The experts that ``config.init_strategy`` takes from the statistics ``pca`` of ``model``.
 
+    Activation counts alone do for the strategies that go by usage; of which model they are, only
+    their sizes tell.
+
     Raises:
         ArtifactError: the statistics are damaged, or of another model.
-        ConfigError: they name fewer experts than are asked for.
+        ConfigError: they name fewer experts than are asked for, or none.
     """
     stats = load_pca_stats(pca.path)
     if (stats.num_layers, stats.num_experts) != (shape.num_layers, shape.num_experts):
@@ -44,7 +51,16 @@ def choose(config: ConvertConfig, pca: Artifact, model: Artifact, shape: ModelSh
             f"experts; {model.path} has {shape.num_layers} of {shape.num_experts}",
             hint="run nexus collect and nexus pca on this model",
         )
-    if stats.model_fingerprint != model.digest:
+    if stats.experts is None:
+        log.warning(
+            "%s does not say which model it counted: only its %d layers of %d experts could be "
+            "compared with %s",
+            pca.path,
+            stats.num_layers,
+            stats.num_experts,
+            model.path,
+        )
+    elif stats.model_fingerprint != model.digest:
         raise ArtifactError(
             f"{pca.path} was made from another model than {model.path}",
             hint="run nexus collect and nexus pca on this model",
@@ -68,10 +84,27 @@ def _places(config: ConvertConfig, stats: PcaStats, path: Path) -> list[list[Pla
             for layer in layers
         ]
         return [[(layer, e) for e in ranked[layer][:count]] for layer in layers]
-    count = config.num_experts or stats.top_k
-    if count > stats.top_k:
+    if stats.experts is None:
         raise ConfigError(
-            f"{config.init_strategy} needs {count} experts a layer, and {path} names {stats.top_k}",
-            hint=f"run: nexus pca --top-k {count}, or use --init-strategy pca_top{stats.top_k}",
+            f"{config.init_strategy} needs chosen experts, and {path} holds only how often each "
+            "is used",
+            hint="run nexus collect and nexus pca, or use --init-strategy top1, top1_average or "
+            "top4_average",
         )
-    return [[(layer, e) for e in stats.experts[layer][:count]] for layer in layers]
+    return _first(config, stats.experts, path)
+
+
+def _first(
+    config: ConvertConfig, experts: Sequence[Sequence[int]], path: Path
+) -> list[list[Place]]:
+    """The first N chosen experts of every layer, or all that it names."""
+    count = config.num_experts
+    fewest = min(range(len(experts)), key=lambda layer: len(experts[layer]))
+    if count is not None and count > (named := len(experts[fewest])):
+        raise ConfigError(
+            f"{config.init_strategy} needs {count} experts a layer, and {path} names {named} in "
+            f"layer {fewest}",
+            hint=f"run: nexus pca --top-k {count}, or use --init-strategy "
+            + re.sub(r"\d+$", str(named), config.init_strategy),
+        )
+    return [[(layer, expert) for expert in chosen[:count]] for layer, chosen in enumerate(experts)]

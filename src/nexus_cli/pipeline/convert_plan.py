@@ -59,12 +59,15 @@ def make_plan(config: ConvertConfig, model: Path, shape: ModelShape, choice: Cho
         experts_read=experts * packed,
         shards=sum(shard.stat().st_size for shard in shards),
         new_shard=added.shared_parameters * BFLOAT16,
-        memory=PROCESS_BYTES + _layer_memory(added, packed if experts else 0),
+        memory=PROCESS_BYTES
+        + _layer_memory(added, packed if experts else 0, of_units=config.needs_units),
     )
 
 
-def _layer_memory(added: ModelShape, packed: int) -> int:
+def _layer_memory(added: ModelShape, packed: int, *, of_units: bool) -> int:
     """Of one layer's work: the sum in float32, two packed experts, and the layer as it is stored.
+
+    Whole units are put beside each other, decoded expert by expert: all may be of one.
 
     A random expert, and one of another width than the routed ones', is made beside the sum; the
     units that widen one are made beside both.
@@ -76,7 +79,7 @@ def _layer_memory(added: ModelShape, packed: int) -> int:
         for width in (added.intermediate_size, added.shared_intermediate_size)
     )
     averaged = FLOAT32 * routed + 2 * packed if packed else 0
-    made = FLOAT32 * shared if not packed or shared != routed else 0
+    made = FLOAT32 * shared if not packed or shared != routed or of_units else 0
     more = FLOAT32 * max(shared - routed, 0) if packed else 0
     return averaged + made + more + BFLOAT16 * shared
 

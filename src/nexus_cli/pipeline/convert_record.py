@@ -7,6 +7,7 @@ from typing import Any
 
 from nexus_cli.config.convert import ConvertConfig
 from nexus_cli.io import manifest, model_dir
+from nexus_cli.io.base_identity import base_record
 from nexus_cli.io.model_dir import ModelShape
 from nexus_cli.io.pca_stats import PcaStats
 from nexus_cli.pipeline.convert_choice import Choice, Place
@@ -20,7 +21,7 @@ def conversion_record(
     """The file's content; ``docs/model.md`` says what each entry means."""
     return {
         "format": "nexus.conversion/1",
-        "base": {"path": str(model.path), "fingerprint": model.digest},
+        "base": base_record(model.path, model.digest),
         "init_strategy": config.init_strategy,
         "start": config.start,
         "output_scale": config.output_scale if config.start == "scaled" else None,
@@ -65,6 +66,7 @@ def _statistics(choice: Choice) -> dict[str, Any]:
         "method": choice.stats.method,
         "tokens": choice.stats.tokens,
         "top_k": choice.stats.top_k,
+        "model_fingerprint": choice.stats.model_fingerprint,
         "usage_of_experts": {
             "mean": sum(shares) / len(shares),
             "least": min(shares),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -75,6 +75,7 @@ def stage(
     world: Ranks | None = None,
     force: bool = False,
     whole_directory: bool = False,
+    check: Callable[[], None] | None = None,
 ) -> Iterator[StageOutput | None]:
     """Open the stage ``name``, or yield ``None`` if its outputs are already current.
 
@@ -91,6 +92,8 @@ def stage(
         world: the ranks of a distributed run.
         force: replace a finished stage made with other settings, or run it again.
         whole_directory: the main artifact is the folder that everything is written to.
+        check: refuses, by an error, a run that cannot succeed, before anything that an earlier one
+            left is given up; called by the main rank where there is something to do.
 
     Raises:
         WorkspaceError: another process holds the stage, or it was made otherwise. Every rank
@@ -111,6 +114,8 @@ def stage(
             try:
                 held.enter_context(lock.exclusive(place.lock))
                 current = _is_current(name, place, fingerprint, settings, digests, force=force)
+                if check is not None and not current:
+                    check()
             except NexusError as error:
                 refused = error  # told to all: ranks that wait would die of a lost connection
         if world is not None:

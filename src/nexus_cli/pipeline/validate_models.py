@@ -16,7 +16,7 @@ from nexus_cli.errors import ArtifactError, ConfigError, WorkspaceError
 from nexus_cli.io import model_dir, tensor_files
 from nexus_cli.io.manifest import Manifest
 from nexus_cli.io.workspace import Workspace
-from nexus_cli.pipeline.adapters import model_or_adapter, require_use
+from nexus_cli.pipeline.adapters import adapter_folder, model_or_adapter, require_use
 from nexus_cli.pipeline.inputs import Artifact, model_input
 
 TRAININGS = ("train", "train-offline")
@@ -133,7 +133,7 @@ def _when(found: Manifest) -> str:
 
 def _folder(name: str) -> Path:
     """A model's or an adapter's folder, or the newest checkpoint of a training's folder."""
-    path = Path(name).expanduser()
+    path = adapter_folder(name)
     if model_dir.is_adapter(path):
         return path
     if not model_dir.is_model(path) and find_checkpoints(path):

@@ -72,6 +72,7 @@ def test_its_checkpoints_are_those_of_a_run_of_models(run, losses, tiny_model_di
         small, whole = (root / f"checkpoint-{step}" for root in (adapters, models))
         assert sorted(path.name for path in small.iterdir()) == [
             "adapter.safetensors",
+            "local_base.json",
             "nexus_adapter.json",
             "training_state",
         ]

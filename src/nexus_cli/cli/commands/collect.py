@@ -27,6 +27,9 @@ def collect(
     max_candidates: Annotated[
         int | None, flag(CollectConfig, "max_candidates", "--max-candidates")
     ] = None,
+    batch_select: Annotated[
+        int | None, flag(CollectConfig, "batch_select", "--batch-select")
+    ] = None,
     num_processes: Annotated[
         int | None, flag(CollectConfig, "runtime.num_processes", "--num-processes")
     ] = None,
@@ -49,6 +52,7 @@ def collect(
         model=model,
         target_tokens=target_tokens,
         max_candidates=max_candidates,
+        batch_select=batch_select,
         output=output,
         data={"sources": data, "data_dir": data_dir},
         runtime={

@@ -38,6 +38,10 @@ def convert(
         bool,
         typer.Option("--adapter", help="Write a converted model or a checkpoint as an adapter."),
     ] = False,
+    push_to_hub: Annotated[str | None, flag(ConvertConfig, "push_to_hub", "--push-to-hub")] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Push to a public repository; a new one is private.")
+    ] = False,
     workspace: WorkspaceDir = DEFAULT_ROOT,
     config_file: ConfigFile = None,
     sets: Sets = None,
@@ -60,6 +64,8 @@ def convert(
         shared_intermediate_size=shared_intermediate_size,
         copy_shards=copy or None,
         adapter=adapter or None,
+        push_to_hub=push_to_hub,
+        public=public or None,
     )
 
     from nexus_cli.pipeline.convert import run

@@ -37,7 +37,7 @@ class LayerAnalysis:
         mean_E: mean probability over all experts; sums to one.
         correlation_EE: of the probabilities.
         families: experts that the router uses alike.
-        selections: what each method takes.
+        selections: what each method takes; all of them the same number.
         explained: share of the variance that each method's experts explain.
     """
 
@@ -54,19 +54,35 @@ class LayerAnalysis:
 
     def importance_fraction(self, method: Method) -> float:
         """Share of all importance that the experts taken by ``method`` hold."""
-        total = float(self.importance_E.sum())
-        taken = self.importance_E[self.selections[method].experts_T].sum()
+        return self._held(self.importance_E, method)
+
+    def usage_fraction(self, method: Method) -> float:
+        """Share of all usage that the experts taken by ``method`` hold."""
+        return self._held(self.usage_E, method)
+
+    def _held(self, value_E: NDArray[np.float64], method: Method) -> float:
+        total = float(value_E.sum())
+        taken = value_E[self.selections[method].experts_T].sum()
         return float(taken) / total if total > 0 else 0.0
 
 
 def analyse_layers(
-    sums: TokenSums, *, count: int, num_components: int, family_distance: float
+    sums: TokenSums,
+    *,
+    method: Method,
+    count: int,
+    usage_share: float | None = None,
+    num_components: int,
+    family_distance: float,
 ) -> list[LayerAnalysis]:
     """Analyse every layer; the cost does not depend on how many tokens were counted.
 
     Args:
         sums: of at least two tokens.
-        count: experts to take, at most E.
+        method: whose order ``usage_share`` follows; the others take as many, to be compared.
+        count: experts to take in every layer, at most E.
+        usage_share: in place of ``count``: take in each layer the fewest, in the order of
+            ``method``, that hold this share of its usage, in (0, 1].
         num_components: components that count in the importance.
         family_distance: see :func:`~nexus_cli.core.router.families.expert_families`.
 
@@ -78,11 +94,15 @@ def analyse_layers(
         components = principal_components(covariance_EE)
         importance_E = pca_importance(components, num_components)
         usage_E = sums.usage()[layer]
-        selections: dict[Method, ExpertSelection] = {
-            "diverse": select_diverse(covariance_EE, usage_E, count),
-            "pca": select_highest(importance_E, count),
-            "activation": select_highest(usage_E, count),
+        most = count if usage_share is None else len(usage_E)
+        ordered: dict[Method, ExpertSelection] = {
+            "diverse": select_diverse(covariance_EE, usage_E, most),
+            "pca": select_highest(importance_E, most),
+            "activation": select_highest(usage_E, most),
         }
+        if usage_share is not None:
+            most = ordered[method].count_for(usage_share, usage_E)
+        selections = {name: order.first(most) for name, order in ordered.items()}
         layers.append(
             LayerAnalysis(
                 components=components,
@@ -95,8 +115,8 @@ def analyse_layers(
                 families=expert_families(covariance_EE, family_distance),
                 selections=selections,
                 explained={
-                    method: explained_by(covariance_EE, taken.experts_T)
-                    for method, taken in selections.items()
+                    name: explained_by(covariance_EE, taken.experts_T)
+                    for name, taken in selections.items()
                 },
             )
         )

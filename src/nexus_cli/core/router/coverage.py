@@ -12,6 +12,10 @@ reached. Including the document that reaches it, the result is worth at least ``
 best set within the budget: each step closes at least ``length / budget`` of the distance to that
 set (Nemhauser, Wolsey and Fisher 1978 for equal lengths; Khuller, Moss and Naor 1999). Gains only
 fall as the set grows, so a stale gain is an upper bound and few are computed again (Minoux 1978).
+
+With ``batch_select`` above 1 the greedy works in rounds: all documents of a round are taken for
+what they add to the rounds before, and not for what they add to each other. That computes fewer
+gains; the bound above holds for rounds of one alone.
 """
 
 from __future__ import annotations
@@ -148,24 +152,32 @@ class Selection:
 
 
 def select_documents(
-    counts: TypeCounts, *, target_tokens: int, exponent: float = 0.5, seed: int = 0
+    counts: TypeCounts,
+    *,
+    target_tokens: int,
+    exponent: float = 0.5,
+    batch_select: int = 1,
+    seed: int = 0,
 ) -> Selection:
     """Take documents by gain a token until they hold ``target_tokens``.
 
     A document that repeats an earlier one token for token is never taken. Equal gains are
-    settled by a permutation drawn from ``seed``.
+    settled by a permutation drawn from ``seed``. A round ends early when the target is reached.
 
     Args:
         counts: the candidates.
         target_tokens: budget, positive.
         exponent: of the type weights, in [0, 1]; see the module's docstring.
+        batch_select: documents taken before gains are computed again, positive.
         seed: of the order among equals.
 
     Raises:
-        ValueError: if ``target_tokens`` or ``exponent`` is out of range.
+        ValueError: if ``target_tokens``, ``exponent`` or ``batch_select`` is out of range.
     """
     if target_tokens < 1:
         raise ValueError(f"target_tokens must be positive, not {target_tokens}")
+    if batch_select < 1:
+        raise ValueError(f"batch_select must be positive, not {batch_select}")
     unique = counts.first_occurrences()
     weight_V = type_weights(counts.total(unique), exponent)
     lengths_D = counts.lengths()
@@ -178,20 +190,24 @@ def select_documents(
 
     queue = [entry(document) for document in unique]
     heapq.heapify(queue)
-    computed, tokens, value, taken = len(queue), 0, 0.0, list[int]()
+    computed, tokens, taken = len(queue), 0, list[int]()
+    round_D = np.zeros(counts.num_documents, dtype=np.int64)  # in which each gain was computed
     while queue and tokens < target_tokens:
-        stale = queue[0]
-        fresh = entry(stale[2])
-        computed += 1
-        if fresh != stale:  # others were taken since; now it may no longer be the best
-            heapq.heapreplace(queue, fresh)
+        best = queue[0][2]
+        now = len(taken) // batch_select
+        if round_D[best] < now:  # others were taken since; it may no longer be the best
+            heapq.heapreplace(queue, entry(best))
+            round_D[best] = now
+            computed += 1
             continue
         heapq.heappop(queue)
-        types, type_counts = counts.of(fresh[2])
-        seen_V[types] += type_counts
-        taken.append(fresh[2])
-        tokens += int(lengths_D[fresh[2]])
-        value -= fresh[0] * float(lengths_D[fresh[2]])
+        taken.append(best)
+        tokens += int(lengths_D[best])
+        if len(taken) % batch_select == 0:  # until then, no gain knows of this round
+            for document in taken[-batch_select:]:
+                types, type_counts = counts.of(document)
+                seen_V[types] += type_counts
+    value = float((weight_V * np.log1p(counts.total(taken))).sum())
     return Selection(tuple(taken), tokens, value, computed)
 
 

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 # A residual below this share of the expert's own variance is rounding, not variance.
 _EXHAUSTED = 1e-9
+# One below this share is a copy: rounding a router's logits to bfloat16 leaves less than that
+# between two copies of an expert.
+_COPY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,27 @@ class ExpertSelection:
     experts_T: NDArray[np.int64]
     score_T: NDArray[np.float64]
     independent: int
+
+    def first(self, count: int) -> ExpertSelection:
+        """The ``count`` experts that were taken first, or all if there are no more."""
+        return ExpertSelection(
+            self.experts_T[:count], self.score_T[:count], min(count, self.independent)
+        )
+
+    def count_for(self, share: float, usage_E: NDArray[np.float64]) -> int:
+        """The fewest of the first experts that together hold ``share`` of all usage.
+
+        An expert that adds little is counted all the same: the order is the selection's. If all
+        T together hold less, all count.
+
+        Args:
+            share: in (0, 1].
+            usage_E: of every expert of the layer, not negative ``[E]``.
+        """
+        held_T = np.cumsum(usage_E[self.experts_T])
+        # Sums of shares fall short of the whole by rounding.
+        reached_T = held_T >= (share - 1e-12) * float(usage_E.sum())
+        return int(reached_T.argmax()) + 1 if reached_T.any() else len(self.experts_T)
 
 
 def select_highest(score_E: NDArray[np.float64], count: int) -> ExpertSelection:
@@ -49,7 +73,8 @@ def select_diverse(
     under a linear model. This is Cholesky decomposition of ``D C D`` with complete pivoting,
     ``D = diag(sqrt(usage))`` (Harbrecht, Peters and Schneider 2012), and equally the greedy
     maximisation of the log-determinant of the chosen block. An expert that repeats a taken one,
-    up to an affine map, has nothing left and is never taken while another has something.
+    up to an affine map and to less than 3 % of its standard deviation, counts as explained, and
+    is never taken while another is not, however rarely that is used.
 
     When all that remain are explained, the rest is filled by usage; ``independent`` tells.
 
@@ -77,7 +102,7 @@ def select_diverse(
     taken: list[int] = []
     scores: list[float] = []
     while len(taken) < count:
-        open_E = left_E > _EXHAUSTED * own_E
+        open_E = left_E > _COPY * own_E
         open_E[taken] = False
         if not open_E.any():
             break

@@ -33,6 +33,7 @@ def draw(
     with house_style():
         figures: dict[str, Figure] = {
             "variance_explained": curves.variance(layers),
+            "per_layer_variance": matrices.components(layers),
             "expert_importance_heatmap": matrices.importance(layers, method),
             "selected_experts": matrices.selection(layers, method),
             "expert_usage": matrices.usage(layers),

@@ -23,12 +23,16 @@ from nexus_cli.pipeline.pca_plots.style import (
     heatmap,
     matrix_size,
     percent,
+    whole_numbers,
 )
 
 # Shape letters in this file: L layers, E experts.
 
 MOST_MARKED_CELLS = 1200  # more marks than that hide what they mark
+FEW_CELLS = 300
 SIDE = 2.6  # inches of the panel beside a matrix
+NARROW = 1.4  # of a second one
+SHOWN_COMPONENTS = 10
 WIDEST = 4.0  # of the usage scale, in powers of two
 
 
@@ -45,7 +49,8 @@ def importance(layers: Sequence[LayerAnalysis], method: Method) -> Figure:
     if share_LE.size <= MOST_MARKED_CELLS:
         for row, layer in enumerate(layers):
             taken = layer.selections[method].experts_T
-            axes.scatter(taken, np.full(len(taken), row), s=9, color=ORANGE, linewidths=0)
+            size = 9 if share_LE.size > FEW_CELLS else 30
+            axes.scatter(taken, np.full(len(taken), row), s=size, color=ORANGE, linewidths=0)
         title += f" (dots: selected by '{method}')"
     axes.set_title(title)
     return figure
@@ -54,22 +59,34 @@ def importance(layers: Sequence[LayerAnalysis], method: Method) -> Figure:
 def selection(layers: Sequence[LayerAnalysis], method: Method) -> Figure:
     """Which experts were taken, in which order, and what they explain."""
     num_layers, num_experts = len(layers), len(layers[0].usage_E)
-    count = len(layers[0].selections[method].experts_T)
+    counts = [len(layer.selections[method].experts_T) for layer in layers]
+    count, adaptive = max(counts), len(set(counts)) > 1
     order_LE = np.full((num_layers, num_experts), np.nan)
     for index, layer in enumerate(layers):
-        order_LE[index, layer.selections[method].experts_T] = np.arange(1, count + 1)
-    figure, matrix, side = _with_side_panel(num_layers, num_experts)
+        order_LE[index, layer.selections[method].experts_T] = np.arange(1, counts[index] + 1)
+    panels = (SIDE, NARROW) if adaptive else (SIDE,)
+    figure, (matrix, side, *more) = _with_side_panels(num_layers, num_experts, panels)
     shades = ListedColormap(HEAT.reversed()(np.linspace(0.0, 0.72, max(2, count))))
-    heatmap(figure, matrix, order_LE, shades, "order", (0.5, max(2, count) + 0.5))
+    bar = heatmap(figure, matrix, order_LE, shades, "order", (0.5, max(2, count) + 0.5))
+    whole_numbers(bar.ax.yaxis)
     matrix.set_title(f"Experts selected by '{method}'")
     marks = {"diverse": (BLUE, "o"), "pca": (ORANGE, "s"), "activation": (GREEN, "^")}
-    for other in METHODS:
+    for other, aside in zip(METHODS, (-0.22, 0.0, 0.22), strict=True):
+        # a little above each other, or one method's mark would hide another's
         color, marker = marks[other]
         explained = [layer.explained[other] for layer in layers]
-        side.plot(explained, range(num_layers), marker, color=color, ms=4, alpha=0.9, label=other)
+        places = np.arange(num_layers) + aside
+        side.plot(
+            explained, places, marker, color=color, ms=4, alpha=0.9, label=other, clip_on=False
+        )
+    side.set_xlim(None, min(1.0, side.get_xlim()[1]))
     side.set_title("Variance explained")
     side.xaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10], min_n_ticks=2))
     percent(side.xaxis)
+    for panel in more:
+        panel.barh(range(num_layers), counts, color=BLUE, height=0.7)
+        panel.set_title("Experts taken")
+        panel.xaxis.set_major_locator(MaxNLocator(3, integer=True, min_n_ticks=2))
     figure.legend(loc="outside lower right", ncols=3, handletextpad=0.1, columnspacing=1.2)
     return figure
 
@@ -80,7 +97,7 @@ def usage(layers: Sequence[LayerAnalysis]) -> Figure:
     num_layers, num_experts = usage_LE.shape
     ratio_LE = np.log2(np.maximum(usage_LE * num_experts, 2.0**-WIDEST))  # 0: an even share
     limit = float(np.clip(np.abs(ratio_LE).max(), 1.0, WIDEST))
-    figure, matrix, side = _with_side_panel(num_layers, num_experts)
+    figure, (matrix, side) = _with_side_panels(num_layers, num_experts, (SIDE,))
     label = "log2 of even shares"
     heatmap(figure, matrix, ratio_LE, DIVERGING, label, (-limit, limit))
     matrix.set_title("Usage: mean weight applied to each expert")
@@ -93,12 +110,28 @@ def usage(layers: Sequence[LayerAnalysis]) -> Figure:
     return figure
 
 
+def components(layers: Sequence[LayerAnalysis]) -> Figure:
+    """The share of each layer's variance in each of its first components."""
+    ratio_LC = np.stack([layer.components.variance_ratio()[:SHOWN_COMPONENTS] for layer in layers])
+    _, height = matrix_size(*ratio_LC.shape)
+    figure = Figure(figsize=(7.5, height))
+    axes = figure.subplots()
+    strongest = float(ratio_LC.max()) or 1.0
+    heatmap(figure, axes, ratio_LC, HEAT, "share of the layer's variance", (0.0, strongest))
+    for (row, column), share in np.ndenumerate(ratio_LC):
+        ink = "white" if share > 0.55 * strongest else INK
+        axes.text(column, row, f"{share:.0%}", ha="center", va="center", size=8, color=ink)
+    axes.set(xlabel="component", title="Variance of the first components, by layer")
+    axes.set_xticks(range(ratio_LC.shape[1]), [str(c + 1) for c in range(ratio_LC.shape[1])])
+    return figure
+
+
 def correlations(layers: Sequence[LayerAnalysis], method: Method) -> Figure:
     """Up to six layers from first to last, experts ordered by family."""
     shown = sorted({round(i) for i in np.linspace(0, len(layers) - 1, min(6, len(layers)))})
-    columns = min(3, len(shown))
+    columns = 2 if len(shown) == 4 else min(3, len(shown))
     rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(max(6.5, 3.9 * columns + 0.9), 4.1 * rows + 0.3))
+    figure = Figure(figsize=(max(6.5, 3.7 * columns + 0.9), 4.1 * rows + 0.3))
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(shown) :]:
         axes.set_axis_off()
@@ -146,9 +179,11 @@ def _correlation(
     return image
 
 
-def _with_side_panel(num_layers: int, num_experts: int) -> tuple[Figure, Axes, Axes]:
-    """A matrix, and beside it a panel with the same layers."""
+def _with_side_panels(
+    num_layers: int, num_experts: int, widths: Sequence[float]
+) -> tuple[Figure, list[Axes]]:
+    """A matrix, and beside it panels with the same layers, their ``widths`` in inches."""
     width, height = matrix_size(num_layers, num_experts)
-    figure = Figure(figsize=(width + SIDE + 0.6, height))
-    matrix, side = figure.subplots(1, 2, width_ratios=(width, SIDE), sharey=True)
-    return figure, matrix, side
+    figure = Figure(figsize=(width + sum(widths) + 0.6, height))
+    ratios = (width, *widths)
+    return figure, list(figure.subplots(1, len(ratios), width_ratios=ratios, sharey=True))

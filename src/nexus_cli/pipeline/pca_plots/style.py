@@ -10,6 +10,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -55,16 +56,17 @@ def heatmap(
     colors: Colormap,
     label: str,
     limits: tuple[float, float | None],
-) -> None:
-    """A layers-by-experts matrix with its colour scale."""
+) -> Colorbar:
+    """A layers-by-experts matrix with its colour scale, which is returned."""
     low, high = limits
     image = axes.imshow(
         values_LE, cmap=colors, aspect="auto", interpolation="nearest", vmin=low, vmax=high
     )
-    figure.colorbar(image, ax=axes, label=label, pad=0.015, aspect=28, fraction=0.05)
+    bar = figure.colorbar(image, ax=axes, label=label, pad=0.015, aspect=28, fraction=0.05)
     axes.set(xlabel="expert", ylabel="layer")
     axes.grid(visible=False)
     whole_numbers(axes.xaxis, axes.yaxis)
+    return bar
 
 
 def matrix_size(num_layers: int, num_experts: int) -> tuple[float, float]:
@@ -89,7 +91,7 @@ def layer_axis(axes: Axes, num_layers: int) -> None:
 
 def legend_below(axes: Axes) -> None:
     """One row under the axes, where it hides nothing."""
-    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.16))
+    axes.legend(ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def depth_scale(figure: Figure, axes: Axes, num_layers: int) -> None:

@@ -40,6 +40,31 @@ def test_equal_stride_and_window_are_lm_evals_rolling_windows(
     assert ours == lm_eval_windows(tokens, 99, 8)
 
 
+def lm_eval_input(context: list[int], target: list[int], max_len: int) -> list[int]:
+    """What the harness feeds its model: ``make_disjoint_window``, then ``_loglikelihood_tokens``.
+
+    The first cuts the context off where the target begins, the second joins both again, keeps
+    the last ``max_len + 1`` tokens, and leaves out the last, which nothing follows.
+    """
+    disjoint = context[: len(context) - (len(target) - 1)]
+    return [*disjoint, *target][-(max_len + 1) :][:-1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 15, 16, 17, 40, 41])
+def test_a_window_holds_the_tokens_that_lm_evals_model_sees_and_ends_where_it_scores(
+    fakes: SimpleNamespace, length: int
+) -> None:
+    tokens = list(range(1, length + 1))
+    text = fakes.document([99, *tokens])
+    ours = []
+    for window in plan([text], window=8, stride=8):
+        batch = collate([window], [text])
+        scored = batch.target_BS[batch.scored_BS].tolist()
+        ours.append((batch.input_ids_BS[0, : len(window)].tolist(), scored))
+    theirs = [(lm_eval_input(*pair, 8), pair[1]) for pair in lm_eval_windows(tokens, 99, 8)]
+    assert ours == theirs
+
+
 @pytest.mark.parametrize(("window", "stride"), [(8, 8), (8, 3), (8, 1), (64, 16), (5, 5)])
 def test_every_token_is_scored_once_from_enough_context(
     fakes: SimpleNamespace, window: int, stride: int

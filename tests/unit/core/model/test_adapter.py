@@ -100,14 +100,18 @@ def test_it_holds_what_may_train_in_the_dtypes_of_a_checkpoint_and_nothing_else(
     assert {name: (tensor.dtype, tensor.shape) for name, tensor in held.items()} == wanted
     assert sorted(path.name for path in folder.iterdir()) == [
         "adapter.safetensors",
+        "local_base.json",
         "nexus_adapter.json",
     ]
     config = json.loads((folder / "nexus_adapter.json").read_text())
-    assert config["format"] == "nexus.adapter/1"
+    assert config["format"] == "nexus.adapter/2"
     assert config["base"] == {
-        "path": str(tiny_model_dir),
+        "name": tiny_model_dir.name,
+        "revision": None,
         "fingerprint": model_dir.fingerprint(tiny_model_dir),
     }
+    local = json.loads((folder / "local_base.json").read_text())
+    assert local == {"path": str(tiny_model_dir)}
     assert config["tensors"]["sha256"] == sha256_file(folder / "adapter.safetensors")
     assert config["conversion"]["init_strategy"] == "random"
     assert config["environment"]["nexus-cli"]
@@ -211,7 +215,7 @@ def test_a_header_that_lies_is_refused(folder):
 )
 def test_a_config_of_another_format_is_refused(folder, content):
     (folder / "nexus_adapter.json").write_text(content)
-    with pytest.raises(ArtifactError, match=r"not a nexus\.adapter/1 file"):
+    with pytest.raises(ArtifactError, match=r"not a nexus\.adapter/2 file"):
         read_adapter(folder)
 
 
@@ -259,7 +263,7 @@ def test_only_an_adapter_is_replaced(folder, trained, tmp_path):
     with pytest.raises(ArtifactError, match="exists and is not an adapter"):
         write_adapter(tmp_path / "notes", trained / "frozen")
     (folder / "nexus_adapter.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ArtifactError, match=r"not a nexus\.adapter/1 file"):
+    with pytest.raises(ArtifactError, match=r"not a nexus\.adapter/2 file"):
         write_adapter(folder, trained / "frozen")
 
 

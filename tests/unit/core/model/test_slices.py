@@ -9,7 +9,7 @@ import torch
 
 from nexus_cli.core.model.gpt_oss import initialise, slices
 from nexus_cli.core.model.gpt_oss.modeling_nexus_gpt_oss import dequantize_mxfp4
-from nexus_cli.core.model.gpt_oss.mxfp4 import add_mxfp4_
+from nexus_cli.core.model.gpt_oss.mxfp4 import add_mxfp4_, decode_columns
 from nexus_cli.core.model.gpt_oss.slices import ExpertReader, expert_bytes
 from nexus_cli.errors import ArtifactError
 from nexus_cli.io import model_dir, tensor_files
@@ -120,3 +120,12 @@ def test_shards_of_other_sizes_than_the_config_says_are_refused(
     with pytest.raises(ArtifactError, match=message) as caught:
         ExpertReader(folder, model_dir.read_shape(folder))
     assert caught.value.hint
+
+
+def test_chosen_columns_are_those_of_the_whole_weight():
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (40, 6, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(0, 254, (40, 6), dtype=torch.uint8, generator=generator)
+    columns = torch.randperm(192, generator=generator)[:50]
+    whole = dequantize_mxfp4(blocks, scales, torch.float32)
+    assert torch.equal(decode_columns(blocks, scales, columns), whole[:, columns])

@@ -34,7 +34,7 @@ def worth(texts, chosen, exponent):
     )
 
 
-def plain_greedy(counts, target, exponent, seed):
+def plain_greedy(counts, target, exponent, seed, batch_select=1):
     """Every gain of every remaining document in every round, ties settled by the seed."""
     rest = counts.first_occurrences()
     weight = type_weights(counts.total(rest), exponent)
@@ -43,9 +43,11 @@ def plain_greedy(counts, target, exponent, seed):
     chosen, seen = [], np.zeros(counts.num_types, dtype=np.int64)
     while rest and lengths[chosen].sum() < target:
         ratio = {i: marginal_gain(*counts.of(i), seen, weight) / lengths[i] for i in rest}
-        best = min(rest, key=lambda i: (-ratio[i], tie[i]))
-        rest.remove(best)
-        chosen.append(best)
+        best = sorted(rest, key=lambda i: (-ratio[i], tie[i]))[:batch_select]
+        for document in best:
+            if lengths[chosen].sum() < target:
+                rest.remove(document)
+                chosen.append(document)
         seen = counts.total(chosen)
     return chosen
 
@@ -59,10 +61,42 @@ def test_lazy_greedy_takes_what_plain_greedy_takes(seed, exponent, target):
     assert list(found.documents) == plain_greedy(counts, target, exponent, seed)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("batch_select", [2, 7, 100])
+@pytest.mark.parametrize("target", [1, 120, 10**6])
+def test_a_round_takes_the_best_of_the_gains_at_its_start(seed, batch_select, target):
+    counts = count_types(documents(seed, vocab=15))
+    found = select_documents(counts, target_tokens=target, batch_select=batch_select, seed=seed)
+    assert list(found.documents) == plain_greedy(counts, target, 0.5, seed, batch_select)
+
+
+def test_texts_of_one_round_do_not_see_each_other():
+    texts = [np.array(t) for t in ([1, 2, 3, 4], [1, 2, 3, 4, 4], [5, 6, 6, 6], [7] * 9)]
+    counts = count_types(texts)
+    # The second says what the first does: alone it is worth more than the third, after it less.
+    apart = select_documents(counts, target_tokens=7, exponent=0.5)
+    together = select_documents(counts, target_tokens=7, exponent=0.5, batch_select=2)
+    assert apart.documents == (0, 2)
+    assert together.documents == (0, 1)
+
+
+def test_larger_rounds_compute_fewer_gains():
+    counts = count_types(documents(0, count=400, vocab=2000, longest=60))
+    computed = [
+        select_documents(counts, target_tokens=4000, batch_select=n).gains_computed
+        for n in (1, 8, 64, 1000)
+    ]
+    assert computed == sorted(computed, reverse=True)
+    assert computed[-1] == len(counts.first_occurrences())  # none twice
+
+
+@pytest.mark.parametrize("batch_select", [1, 5])
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
-def test_the_value_of_a_selection_is_the_objective_of_its_tokens(exponent):
+def test_the_value_of_a_selection_is_the_objective_of_its_tokens(exponent, batch_select):
     texts = documents(7)
-    found = select_documents(count_types(texts), target_tokens=100, exponent=exponent)
+    found = select_documents(
+        count_types(texts), target_tokens=100, exponent=exponent, batch_select=batch_select
+    )
     assert found.value == pytest.approx(worth(texts, found.documents, exponent), rel=1e-12)
 
 
@@ -188,5 +222,7 @@ def test_a_broken_contract_is_refused():
     counts = count_types([np.array([1])])
     with pytest.raises(ValueError, match="target_tokens"):
         select_documents(counts, target_tokens=0)
+    with pytest.raises(ValueError, match="batch_select"):
+        select_documents(counts, target_tokens=1, batch_select=0)
     with pytest.raises(ValueError, match="exponent"):
         select_documents(counts, target_tokens=1, exponent=1.5)

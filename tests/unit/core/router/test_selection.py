@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 from sklearn.decomposition import PCA
 
-from nexus_cli.core.router.distribution import layer_distribution, overall_distribution
 from nexus_cli.core.router.families import correlation, expert_families
 from nexus_cli.core.router.importance import pca_importance, principal_components
 from nexus_cli.core.router.selection import explained_by, select_diverse, select_highest
@@ -158,6 +157,17 @@ def test_ties_go_to_the_lower_index():
     assert select_highest(np.array([1.0, 2.0, 2.0, 0.0]), 3).experts_T.tolist() == [1, 2, 0]
 
 
+@pytest.mark.parametrize(("share", "count"), [(0.1, 1), (0.4, 1), (0.5, 2), (0.89, 3), (1.0, 4)])
+def test_a_share_of_usage_counts_the_experts_that_hold_it(share, count):
+    order = select_highest(np.array([4.0, 3.0, 2.0, 1.0]), 4)
+    assert order.count_for(share, np.array([0.4, 0.1, 0.39, 0.11])) == count
+
+
+def test_where_the_order_adds_no_usage_all_its_experts_are_counted():
+    order = select_highest(np.array([3.0, 2.0, 1.0]), 2)
+    assert order.count_for(0.5, np.array([0.0, 0.1, 0.9])) == 2
+
+
 @pytest.mark.parametrize("count", [0, 5])
 def test_more_experts_than_there_are_is_refused(count):
     with pytest.raises(ValueError, match=f"cannot take {count} of 4"):
@@ -184,33 +194,3 @@ def test_an_expert_that_never_varies_has_a_family_of_its_own():
     np.testing.assert_array_equal(correlation(covariance), np.eye(4))
     assert expert_families(covariance, max_distance=0.5).groups() == []
     assert expert_families(np.ones((1, 1)), max_distance=0.5).groups() == []
-
-
-@pytest.mark.parametrize("experts", [2, 8, 32, 128])
-def test_the_distribution_is_described_for_any_number_of_experts(experts):
-    importance = np.random.default_rng(0).random(experts)
-    found = layer_distribution(importance)
-    sizes = [int(n) for n in found["top_fractions"]]
-    assert sizes == [n for n in (4, 8, 16, 32) if n <= max(4, experts)]
-    for n in sizes:
-        expected = np.sort(importance)[-n:].sum() / importance.sum()
-        assert found["top_fractions"][str(n)] == pytest.approx(expected)
-    assert found["percentiles"]["p90"] == pytest.approx(np.quantile(importance, 0.9))
-
-
-def test_the_largest_gap_is_found():
-    gap = layer_distribution(np.array([1.0, 9.0, 2.0, 8.5, 1.5]))["largest_gap"]
-    assert gap == {"after_rank": 2, "value": 6.5}
-
-
-@pytest.mark.parametrize(
-    ("share", "verdict"), [(0.8, "steep"), (0.6, "moderate"), (0.4, "gradual"), (0.2, "even")]
-)
-def test_the_verdict_follows_the_share_of_the_top_four(share, verdict):
-    layer = np.array([share / 4] * 4 + [(1 - share) / 60] * 60)
-    found = overall_distribution(np.stack([layer, layer]), [[0, 1], [1, 2]])
-    assert found["pattern"] == verdict
-    assert found["mean_top4_fraction"] == pytest.approx(share)
-    assert found["reuse"]["distinct_indices"] == 3
-    assert found["reuse"]["selections_per_index"] == pytest.approx(4 / 3)
-    assert found["reuse"]["most_selected"][0] == [1, 2]

@@ -25,8 +25,9 @@ from nexus_cli.core.model.gpt_oss.shard import write_shard
 from nexus_cli.core.model.gpt_oss.surgery import ROUTER, SHARED_EXPERT
 from nexus_cli.errors import ArtifactError, ConfigError
 from nexus_cli.io import adapter_dir, manifest, model_dir
-from nexus_cli.io.adapter_dir import AdapterConfig, AdapterShape, BaseIdentity
+from nexus_cli.io.adapter_dir import AdapterConfig, AdapterShape
 from nexus_cli.io.atomic import atomic_directory
+from nexus_cli.io.base_identity import BaseIdentity, base_record, identity
 from nexus_cli.io.hashing import sha256_json
 
 Layout = dict[str, tuple[str, list[int]]]  # a tensor's dtype, as safetensors spells it, and shape
@@ -34,10 +35,17 @@ Layout = dict[str, tuple[str, list[int]]]  # a tensor's dtype, as safetensors sp
 
 @dataclass(frozen=True)
 class Adapter:
-    """A whole adapter on disk, its tensors verified."""
+    """A whole adapter on disk, its tensors verified.
+
+    Attributes:
+        path: its folder.
+        config: what it says about itself.
+        name: as the user gave it, for messages.
+    """
 
     path: Path
     config: AdapterConfig
+    name: str
 
     @property
     def digest(self) -> str:
@@ -63,7 +71,8 @@ def write_adapter(target: Path, model: Path, tensors: Mapping[str, Tensor] | Non
         ResourceError: the disk is full, or cannot be written.
     """
     _check_replaceable(target)
-    shape, (base, conversion) = read_sizes(model), read_conversion(model)
+    shape, (place, conversion) = read_sizes(model), read_conversion(model)
+    base = _identity(place, conversion["base"])
     with disk_errors(target), atomic_directory(target) as folder:
         file = folder / adapter_dir.TENSORS
         write_shard(file, merged_tensors(model, tensors or {}))
@@ -75,14 +84,19 @@ def write_adapter(target: Path, model: Path, tensors: Mapping[str, Tensor] | Non
             base=base,
             shape=shape,
             tensors=adapter_dir.identity_of(file),
-            conversion=conversion,
+            conversion=adapter_dir.without_places(conversion | {"base": base.model_dump()}),
             environment=manifest.environment(),
         )
+        adapter_dir.write_local_base(folder, str(place))
         adapter_dir.write_config(folder, config)
 
 
-def read_adapter(path: Path) -> Adapter:
+def read_adapter(path: Path, name: str | None = None) -> Adapter:
     """Open an adapter and verify its tensors; they are not loaded.
+
+    Args:
+        path: its folder.
+        name: what messages call it; by default the folder.
 
     Raises:
         ArtifactError: its config or its tensors are missing or damaged, or are not what Nexus
@@ -91,7 +105,7 @@ def read_adapter(path: Path) -> Adapter:
     config = adapter_dir.read_config(path)
     adapter_dir.verify_tensors(path, config)
     _check_layout(path, path / adapter_dir.TENSORS, config.shape)
-    return Adapter(path, config)
+    return Adapter(path, config, name or str(path))
 
 
 def apply_adapter(target: Path, base: Path, adapter: Adapter, *, link: LinkMode = "hard") -> None:
@@ -113,13 +127,13 @@ def apply_adapter(target: Path, base: Path, adapter: Adapter, *, link: LinkMode 
     """
     require_base(base, adapter)
     sizes = adapter.config.shape
-    found = BaseIdentity(path=str(base), fingerprint=adapter.config.base.fingerprint)
+    found = base_record(base, adapter.config.base.fingerprint)
     write_model_directory(
         target,
         base,
         load_file(adapter.path / adapter_dir.TENSORS),
         shape=SharedExpertShape(sizes.num_shared_experts, sizes.shared_intermediate_size),
-        metadata=adapter.config.conversion | {"base": found.model_dump()},
+        metadata=adapter.config.conversion | {"base": found},
         link=link,
     )
 
@@ -130,20 +144,32 @@ def require_base(base: Path, adapter: Adapter) -> None:
     Raises:
         ArtifactError: ``base`` is another model.
     """
+    if not is_base(base, adapter):
+        wanted = adapter.config.base
+        revision = f" at revision {wanted.revision}" if wanted.revision else ""
+        raise ArtifactError(
+            f"{base} is not the model that {adapter.name} was made from",
+            hint=f"that is {wanted.name}{revision}, with the fingerprint "
+            f"{wanted.fingerprint[:12]}...: give its folder with --base",
+        )
+
+
+def is_base(base: Path, adapter: Adapter) -> bool:
+    """Whether ``adapter`` was made from ``base``, by sizes and then by fingerprint.
+
+    Raises:
+        ArtifactError: ``base`` is damaged.
+    """
     mine, theirs = adapter.config.shape, model_dir.read_shape(base)
     same_sizes = all(
         getattr(mine, name) == getattr(theirs, name)
         for name in ("num_layers", "num_experts", "hidden_size")
     )
-    if not same_sizes or model_dir.fingerprint(base) != adapter.config.base.fingerprint:
-        raise ArtifactError(
-            f"{base} is not the model that {adapter.path} was made from",
-            hint="give that one with --base; its fingerprint is in the adapter's config",
-        )
+    return same_sizes and model_dir.fingerprint(base) == adapter.config.base.fingerprint
 
 
-def read_conversion(model: Path) -> tuple[BaseIdentity, dict[str, Any]]:
-    """The base that a converted model names, and all of its conversion metadata.
+def read_conversion(model: Path) -> tuple[Path, dict[str, Any]]:
+    """Where a converted model says that its base is, and all of its conversion metadata.
 
     Raises:
         ArtifactError: the model does not say what it was made from.
@@ -153,10 +179,18 @@ def read_conversion(model: Path) -> tuple[BaseIdentity, dict[str, Any]]:
         raise ArtifactError(f"{model} does not name its base: no {METADATA}", hint=hint)
     conversion = model_dir.read_json(model / METADATA)
     try:
-        base = conversion["base"]
-        return BaseIdentity(path=base["path"], fingerprint=base["fingerprint"]), conversion
+        place = Path(conversion["base"]["path"])
+        _identity(place, conversion["base"])
     except (KeyError, TypeError, ValidationError) as error:
         raise ArtifactError(f"{model / METADATA} does not name the base", hint=hint) from error
+    return place, conversion
+
+
+def _identity(place: Path, recorded: Mapping[str, Any]) -> BaseIdentity:
+    """The base's; a model converted by a version that recorded no name has it of its path."""
+    if "name" not in recorded:
+        return identity(place, recorded["fingerprint"])
+    return BaseIdentity(**{name: recorded.get(name) for name in BaseIdentity.model_fields})
 
 
 def read_sizes(model: Path) -> AdapterShape:

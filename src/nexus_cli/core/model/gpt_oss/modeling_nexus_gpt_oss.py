@@ -14,6 +14,7 @@ scalar a layer.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -67,6 +68,10 @@ FP4_BLOCK = 32
 E8M0_BIAS = 127
 
 Packed = tuple[Tensor, Tensor]  # blocks and scales
+
+# From 5.24 on transformers calls `past_key_values` `cache`, in arguments and in outputs.
+_ARGUMENTS = inspect.signature(GptOssAttention.forward).parameters
+CACHE = "cache" if "cache" in _ARGUMENTS else "past_key_values"
 
 
 class NexusGptOssConfig(GptOssConfig):
@@ -426,6 +431,7 @@ class NexusGptOssModel(NexusGptOssPreTrainedModel):
         shared_experts: bool = True,
         output_router_logits: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """Run the layers.
@@ -443,18 +449,23 @@ class NexusGptOssModel(NexusGptOssPreTrainedModel):
             shared_experts: ``False`` gives the original model, bit for bit.
             output_router_logits: return every layer's logits ``[B*S, E]``.
             output_hidden_states: return every layer's input, and the last output.
+            cache: ``past_key_values``, as transformers calls it from 5.24 on.
             kwargs: passed to the attention function.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        if cache is None:
+            cache = past_key_values
+        elif past_key_values is not None:
+            raise ValueError("give either cache or past_key_values, two names of one thing")
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         x_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(seen, seen + x_BSH.shape[1], device=x_BSH.device)[None]
-        plain = output_hidden_states or past_key_values is not None or attention_mask is not None
+        plain = output_hidden_states or cache is not None or attention_mask is not None
         if self.engine is not None and not plain:
             run: MoeModelOutputWithPast = self.engine.run(
                 self,
@@ -464,7 +475,8 @@ class NexusGptOssModel(NexusGptOssPreTrainedModel):
                 output_router_logits=bool(output_router_logits),
             )
             return run
-        masks = self._masks(x_BSH, attention_mask, past_key_values, position_ids)
+        masks = self._masks(x_BSH, attention_mask, cache, position_ids)
+        named: dict[str, Any] = {CACHE: cache}
         position_embeddings = self.rotary_emb(x_BSH, position_ids)
         hidden: list[Tensor] = []
         logits: list[Tensor] = []
@@ -477,30 +489,31 @@ class NexusGptOssModel(NexusGptOssPreTrainedModel):
                 attention_mask=masks[kind],
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **named,
                 **kwargs,
             )
             logits.append(logits_TE)
         x_BSH = self.norm(x_BSH)
         return MoeModelOutputWithPast(
             last_hidden_state=x_BSH,
-            past_key_values=past_key_values,
             hidden_states=(*hidden, x_BSH) if output_hidden_states else None,
             router_logits=tuple(logits) if output_router_logits else None,  # type: ignore[arg-type]
+            **named,
         )
 
     def _masks(
         self,
         x_BSH: Tensor,
         attention_mask: Tensor | dict[str, Any] | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         position_ids: Tensor,
     ) -> dict[str, Any]:
         """A mask for each kind of layer; ``generate`` may have made them already."""
         if isinstance(attention_mask, dict):
             return attention_mask
         made: dict[str, Any] = {}
+        named: dict[str, Any] = {CACHE: cache}
         for kind, make in {
             "full_attention": create_causal_mask,
             "sliding_attention": create_sliding_window_causal_mask,
@@ -509,8 +522,8 @@ class NexusGptOssModel(NexusGptOssPreTrainedModel):
                 config=self.config,
                 inputs_embeds=x_BSH,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **named,
             )
         return made
 
@@ -538,6 +551,7 @@ class NexusGptOssForCausalLM(NexusGptOssPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
         """Logits ``[B, S, V]`` of the next token, and their loss where ``labels`` are given."""
@@ -548,6 +562,7 @@ class NexusGptOssForCausalLM(NexusGptOssPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -556,7 +571,7 @@ class NexusGptOssForCausalLM(NexusGptOssPreTrainedModel, GenerationMixin):
         return MoeCausalLMOutputWithPast(
             loss=loss,
             logits=logits_BSV,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             router_logits=out.router_logits,
+            **{CACHE: getattr(out, CACHE)},
         )

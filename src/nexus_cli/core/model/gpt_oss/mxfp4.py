@@ -1,4 +1,4 @@
-"""MXFP4, four-bit codes in blocks of 32 that share one exponent: packed, and added up."""
+"""MXFP4, four-bit codes in blocks of 32 that share one exponent: packed, added up, picked out."""
 
 from __future__ import annotations
 
@@ -33,6 +33,26 @@ def add_mxfp4_(total_NK: Tensor, blocks: Tensor, scales: Tensor) -> None:
     powers_NB = powers.index_select(0, scales.reshape(-1).int()).view(scales.shape)
     sums_NBK = total_NK.view(*scales.shape, BLOCK_SIZE)
     sums_NBK.addcmul_(values.view(sums_NBK.shape), powers_NB.unsqueeze(-1))
+
+
+def decode_columns(blocks: Tensor, scales: Tensor, columns_U: Tensor) -> Tensor:
+    """Chosen columns of a packed weight, exactly; the others are not decoded.
+
+    Args:
+        blocks: uint8 ``[N, K / 32, 16]``, on the CPU.
+        scales: uint8 ``[N, K / 32]``.
+        columns_U: indices below ``K``, int64, in any order.
+
+    Returns:
+        float32 ``[N, U]``.
+    """
+    byte_NU = blocks.flatten(1).index_select(1, columns_U // 2)
+    odd_U = (columns_U % 2).bool()
+    code_NU = torch.where(odd_U, byte_NU >> 4, byte_NU & 15).int()
+    power_NU = scales.index_select(1, columns_U // BLOCK_SIZE).int()
+    values_NU = torch.tensor(FP4_VALUES).index_select(0, code_NU.flatten())
+    values_NU *= _tables()[1].index_select(0, power_NU.flatten())
+    return values_NU.view(code_NU.shape)
 
 
 @cache

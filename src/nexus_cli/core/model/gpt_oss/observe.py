@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -46,16 +46,17 @@ def observe_experts(model: NexusGptOssForCausalLM, observers: Sequence[ExpertsOb
 
 @torch.no_grad()
 def down_norms(model: NexusGptOssForCausalLM) -> Tensor:
-    """Length of every hidden unit's down column ``[L, E, I]``, float32, on the model's device.
+    """Length of every hidden unit's down column ``[L, E, I]``, float32, on the model's device."""
+    engine = model.model.engine
+    found = []
+    for index, layer in enumerate(model.model.layers):
+        decoded_EHI = None if engine is None else engine.decoded_down(index)
+        downs = _decode(layer.mlp.experts) if decoded_EHI is None else decoded_EHI
+        found.append(torch.stack([down_HI.float().norm(dim=0) for down_HI in downs]))
+    return torch.stack(found)
 
-    Only while the experts are packed: before the engine keeps any of them decoded.
-    """
-    return torch.stack([_layer_norms(layer.mlp.experts) for layer in model.model.layers])
 
-
-def _layer_norms(experts: Any) -> Tensor:
-    """One expert is decoded at a time."""
-    packed = zip(experts.down_proj_blocks, experts.down_proj_scales, strict=True)
-    return torch.stack(
-        [dequantize_mxfp4(blocks, scales, torch.float32).norm(dim=0) for blocks, scales in packed]
-    )
+def _decode(experts: Any) -> Iterator[Tensor]:
+    """Down projections ``[H, I]`` of packed experts, one in memory at a time."""
+    for blocks, scales in zip(experts.down_proj_blocks, experts.down_proj_scales, strict=True):
+        yield dequantize_mxfp4(blocks, scales, torch.float32)

@@ -208,6 +208,11 @@ class Engine:
             for layer, observer in zip(self._layers, observers, strict=True)
         ]
 
+    def decoded_down(self, index: int) -> Tensor | None:
+        """A layer's down projections ``[E, H, I]``, bf16, if it is kept decoded."""
+        products = self._layers[index].block.products
+        return products.decoded.down_ENK if isinstance(products, Bf16Products) else None
+
     def recompute(self) -> None:
         """Keep nothing but each layer's input."""
         self.kept = (NOTHING,) * len(self._layers)

@@ -1,0 +1,85 @@
+"""Which model something was made from: by name, for people, and by fingerprint, for certain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nexus_cli import embedded
+from nexus_cli.errors import ArtifactError
+from nexus_cli.io import hub_cache, model_dir
+from nexus_cli.io.uri import REPOSITORY
+
+
+class BaseIdentity(BaseModel):
+    """The model that was converted, in words that hold on any machine.
+
+    Attributes:
+        name: ``owner/name`` if it lay in a cache of the hub, ``embedded``, or its folder's name.
+        revision: of ``owner/name``, the commit.
+        fingerprint: see :func:`~nexus_cli.io.model_dir.fingerprint`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[^\x00-\x1f\x7f]+$")  # it may come from anyone, and is shown
+    revision: str | None = Field(
+        None, pattern=r"^[0-9A-Za-z][0-9A-Za-z._/-]*$"
+    )  # it is shown to be typed
+    fingerprint: str
+
+    @property
+    def repository(self) -> str | None:
+        """The name, if it is one of the hub."""
+        return self.name if REPOSITORY.fullmatch(self.name) else None
+
+
+def identity(path: Path, fingerprint: str) -> BaseIdentity:
+    """The identity of the model in the folder ``path``, which need not be there any more."""
+    if path in (embedded.MODEL_DIR, embedded.MODEL_DIR.resolve()):
+        return BaseIdentity(name=model_dir.EMBEDDED, fingerprint=fingerprint)
+    own = "".join(character for character in path.name if character.isprintable())
+    name, revision = hub_cache.repository_of(path) or (own or "unnamed", None)
+    return BaseIdentity(name=name, revision=revision, fingerprint=fingerprint)
+
+
+def base_record(path: Path, fingerprint: str) -> dict[str, Any]:
+    """What ``conversion_metadata.json`` says of the base in the folder ``path``.
+
+    Beside its identity: the path, and the digest of each shard, by which a folder of links knows
+    that what they lead to has changed.
+    """
+    record = identity(path, fingerprint).model_dump()
+    return record | {"path": str(path), "shards": model_dir.shard_digests(path)}
+
+
+def replaced_base(path: Path) -> Path | None:
+    """Where another model lies by now in the place of what the folder ``path`` was converted from.
+
+    The folder itself is whole if it holds hard links or copies: those keep the original's bytes.
+    ``None`` if the base is as it was, or is not there, or the folder does not say.
+    """
+    if not (path / model_dir.CONVERSION).is_file():
+        return None
+    base = model_dir.read_json(path / model_dir.CONVERSION).get("base")
+    shards = base.get("shards") if isinstance(base, dict) else None
+    if not isinstance(base, dict) or not isinstance(shards, dict):
+        return None
+    place = Path(str(base.get("path", "")))
+    if not model_dir.is_model(place):
+        return None
+    changed = (_is_other(place / name, path / name, digest) for name, digest in shards.items())
+    return place if any(changed) else None
+
+
+def _is_other(shard: Path, linked: Path, digest: str) -> bool:
+    if not shard.is_file():
+        return True
+    if linked.is_file() and shard.samefile(linked):
+        return False  # checked where it is linked
+    try:
+        return model_dir.shard_digest(shard) != digest
+    except ArtifactError:
+        return True
