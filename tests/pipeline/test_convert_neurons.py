@@ -141,10 +141,15 @@ def test_collect_and_pca_write_what_it_needs(tiny_model_dir, tmp_path):
     text.write_text("\n".join(json.dumps({"text": f"some words {i} " * 12}) for i in range(40)))
     settings = {"model": str(tiny_model_dir), "data": {"sources": str(text)}}
     collect.run(CollectConfig(**settings, target_tokens=500, runtime={"device": "cpu"}), workspace)
-    pca.run(PcaConfig(top_k=3, plots=False), workspace)
+    pca.run(PcaConfig(top_k=3), workspace)
+    assert (workspace.stage_dir("pca") / "pca_plots" / "unit_contributions.png").exists()
+    document = json.loads((workspace.stage_dir("pca") / "pca_stats.json").read_text())
     convert.run(ConvertConfig(model=str(tiny_model_dir), init_strategy="neurons"), workspace)
     record = workspace.stage_dir("convert") / "model" / "conversion_metadata.json"
-    assert 0 < min(json.loads(record.read_text())["units"]["share_of_contribution"]) < 1
+    made_of = json.loads(record.read_text())["units"]["share_of_contribution"]
+    for layer, share in zip(document["layers"].values(), made_of, strict=True):
+        assert layer["unit_share"]["chosen_experts"] == pytest.approx(share)
+        assert share < layer["unit_share"]["all_experts"] < 1
 
 
 def test_statistics_without_units_are_one_clear_error(converted, stats):

@@ -53,10 +53,10 @@ class ConvertConfig(ConfigModel):
     pca_stats: Path | None = Field(None, description="Chosen experts; by default the pca stage's.")
     init_strategy: str = Field(
         "neurons_weighted_top8",
-        description="neurons: whole hidden units, those that contribute most; neurons_weighted: the "
-        "same, each as strong as its expert is used; pca_topK: the mean of experts. Each takes all "
-        "experts in the statistics, or with _topN the first N of them. Or random, top1, "
-        "top1_average, top4_average.",
+        description="neurons: whole hidden units, those that contribute most. neurons_weighted: "
+        "the same, each as strong as its expert is used. pca_topK: the mean of experts. They take "
+        "all experts in the statistics, with _topN the first N. Or random, top1, top1_average, "
+        "top4_average.",
     )
     start: Literal["gate", "zero-down", "scaled"] = Field(
         "gate",

@@ -14,7 +14,7 @@ from nexus_cli.config.convert import ConvertConfig
 from nexus_cli.core.model.gpt_oss import initialise
 from nexus_cli.core.model.gpt_oss.neurons import read_units
 from nexus_cli.core.model.gpt_oss.slices import ExpertReader, ExpertWeights
-from nexus_cli.core.router.units import ChosenUnits, choose_units
+from nexus_cli.core.router.unit_choice import ChosenUnits, choose_units
 from nexus_cli.errors import ArtifactError
 from nexus_cli.io import model_dir, unit_contributions
 from nexus_cli.io.model_dir import ModelShape

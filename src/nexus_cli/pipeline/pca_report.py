@@ -35,6 +35,7 @@ def report(config: PcaConfig, document: Mapping[str, Any], path: Path) -> None:
         _held(layers, document["distribution"]["reuse"], document["num_experts"]),
         _pattern(document["distribution"], document["num_experts"]),
         _spread(document["distribution"]),
+        *_units(layers, document["num_experts"]),
     ):
         console.result(line)
     for line in _table(config, layers):
@@ -84,6 +85,19 @@ def _pattern(distribution: Mapping[str, Any], num_experts: int) -> str:
 def _spread(distribution: Mapping[str, Any]) -> str:
     percentiles = ", ".join(f"{p} {v:.4f}" for p, v in distribution["percentiles"].items())
     return f"importance of an expert: mean {distribution['mean']:.4f}, {percentiles}"
+
+
+def _units(layers: Sequence[Mapping[str, Any]], num_experts: int) -> Iterator[str]:
+    if not all("unit_share" in layer for layer in layers):
+        return
+    chosen, every = (
+        _mean([layer["unit_share"][key] for layer in layers])
+        for key in ("chosen_experts", "all_experts")
+    )
+    yield (
+        f"as many hidden units as one expert has: the best of the chosen experts make {chosen:.1%} "
+        f"of all contributions, of all experts {every:.1%} (even {1 / num_experts:.1%})"
+    )
 
 
 def _table(config: PcaConfig, layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
