@@ -15,7 +15,10 @@ SPLITS = ("auto", "train", "held-out", "all")
 Dtype = Literal["auto", "float32", "bfloat16"]
 AdapterBase = Annotated[
     str | None,
-    Field(description="Model that an adapter was made from; by default where the adapter says."),
+    Field(
+        description="Model that an adapter was made from; by default where the adapter "
+        "says, or in the hub's cache."
+    ),
 ]
 
 

@@ -222,7 +222,8 @@ class TrainConfig(ConfigModel):
 
     student: str | None = Field(
         None,
-        description="Converted model, checkpoint or adapter; by default the convert stage's.",
+        description="Converted model, checkpoint, adapter or hf://OWNER/ADAPTER; by default "
+        "the convert stage's.",
     )
     base: AdapterBase = None
     teacher: TeacherConfig = Field(default_factory=TeacherConfig)

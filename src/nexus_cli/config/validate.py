@@ -26,8 +26,8 @@ class ValidateConfig(ConfigModel):
 
     checkpoint: str | None = Field(
         None,
-        description="Model folder, checkpoint or adapter; by default the workspace's newest "
-        "training, else its converted model.",
+        description="Model folder, checkpoint, adapter or hf://OWNER/ADAPTER; by default the "
+        "workspace's newest training, else its converted model.",
     )
     base: AdapterBase = None
     baseline: str | None = Field(
