@@ -24,12 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nexus_cli.io import manifest, model_dir
 from nexus_cli.pipeline.router_statistics import save_moments
 from pca import synthetic_moments
-from synthetic_checkpoint import SHAPES, WIDTH, Shape, write_checkpoint
+from synthetic_checkpoint import SHAPES, Shape, write_checkpoint
 from watched import Watched, drop_from_cache, run_watched
 
 EXPERTS_A_LAYER = 24
@@ -40,8 +38,6 @@ def write_statistics(folder: Path, model: Path, shape: Shape) -> Path:
     """Choose experts as a user does, from made-up router statistics of ``model``."""
     source, chosen = folder / "router_probs.npz", folder / "pca_stats.json"
     moments = synthetic_moments(shape.layers, shape.experts)
-    size = shape.layers, shape.experts, WIDTH
-    moments = replace(moments, units_LEI=np.random.default_rng(0).exponential(size=size))
     identity = model_dir.fingerprint(model)
     save_moments(source, moments, {"model": str(model), "model_fingerprint": identity})
     command = [sys.executable, "-m", "nexus_cli", "pca", "--no-plots", "--input", str(source)]

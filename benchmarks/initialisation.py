@@ -7,11 +7,13 @@ The demo's training of the embedded model (configs/demo.yaml), once for every st
 seed; the seed is that of random weights and of the order of the text. Held-out text of both kinds,
 the same for all, is judged at step 0 and after ``--at`` steps: the domain's cross entropy, and the
 general text's KL to the original, in nats a token; ``mean`` is the first over ``--at``. Intervals
-are Student's, 95 %. Differences to ``--baseline`` are taken run by run, from the run of the same
-seed, which sees the same text in the same order.
+are Student's, 95 %, over the seeds. Differences to ``--baseline`` are taken run by run, from the
+run of the same seed, which sees the same text in the same order, and averaged within a seed first:
+runs of one seed are not independent.
 
-The figures of each run are kept in ``--results``; a run whose figures are there is not made again,
-so the table can be made in parts. Fourteen runs share one GPU well (``--device cuda --jobs 14``).
+The figures of each run are kept in ``--results`` with the settings that made them; a run whose
+figures are there is not made again, so the table can be made in parts. Fourteen runs share one GPU
+well (``--device cuda --jobs 14``).
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ STRATEGIES = (
 )
 STARTS = ("gate", "zero-down", "scaled")
 NAMES = ("domain_loss", "general_kl")
+SETTINGS = ("steps", "at", "sequences", "tokens", "top_k")  # that figures depend on
 Figures = dict[str, dict[str, float]]  # by step: domain_loss and general_kl
 
 
@@ -131,7 +134,7 @@ def differences(found: dict[Run, Figures], field: str, baseline: str) -> list[di
     rows = []
     for value in dict.fromkeys(getattr(run, field) for run in found):
         pairs = [
-            (found[run], found[other])
+            (run.seed, found[run], found[other])
             for run in found
             if getattr(run, field) == value
             and (other := replace(run, **{field: baseline})) in found
@@ -139,11 +142,19 @@ def differences(found: dict[Run, Figures], field: str, baseline: str) -> list[di
         if not pairs:
             continue
         row: dict[str, Any] = {field: value, "runs": len(pairs)}
-        for step, name in itertools.product(pairs[0][0], NAMES):
-            row[f"{name}@{step}"] = interval([a[step][name] - b[step][name] for a, b in pairs])
-        over_steps = [_over_steps(a) - _over_steps(b) for a, b in pairs]
-        rows.append(row | {"domain_loss": interval(over_steps)})
+        for step, name in itertools.product(pairs[0][1], NAMES):
+            row[f"{name}@{step}"] = _by_seed(
+                [(seed, a[step][name] - b[step][name]) for seed, a, b in pairs]
+            )
+        over_steps = [(seed, _over_steps(a) - _over_steps(b)) for seed, a, b in pairs]
+        rows.append(row | {"domain_loss": _by_seed(over_steps)})
     return sorted(rows, key=lambda row: row["domain_loss"][0])
+
+
+def _by_seed(values: Sequence[tuple[int, float]]) -> tuple[float, float]:
+    """The interval of the seeds' means."""
+    seeds = dict.fromkeys(seed for seed, _ in values)
+    return interval([statistics.fmean(v for own, v in values if own == seed) for seed in seeds])
 
 
 def _over_steps(figures: dict[str, dict[str, float]]) -> float:
@@ -172,7 +183,11 @@ def _cell(value: tuple[float, float]) -> str:
 
 def measure(runs: Sequence[Run], results: Path, args: argparse.Namespace) -> dict[Run, Figures]:
     """Make the runs whose figures are not there yet; read all."""
-    found = json.loads(results.read_text()) if results.exists() else {}
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    kept = json.loads(results.read_text()) if results.exists() else {}
+    if kept and kept["settings"] != settings:
+        raise SystemExit(f"{results} has the figures of other settings: {kept['settings']}")
+    found = kept.get("runs", {})
     missing = [run for run in runs if run.name not in found]
     writing = threading.Lock()
 
@@ -180,7 +195,8 @@ def measure(runs: Sequence[Run], results: Path, args: argparse.Namespace) -> dic
         figures = train(run, folder, args)
         with writing:
             found[run.name] = figures
-            results.write_text(json.dumps(found, indent=1, sort_keys=True))
+            whole = {"settings": settings, "runs": found}
+            results.write_text(json.dumps(whole, indent=1, sort_keys=True))
 
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.jobs) as pool:
         if missing:

@@ -26,11 +26,14 @@ from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline.pca import run
 from nexus_cli.pipeline.router_statistics import save_moments
 
-SAMPLES, TOKENS, TOP_K = 4000, 1_000_000, 4
+SAMPLES, TOKENS, TOP_K, WIDTH = 4000, 1_000_000, 4, 2880
 
 
 def synthetic_moments(num_layers: int, num_experts: int) -> RouterMoments:
-    """Sums over samples of correlated logits, multiplied up to a million tokens."""
+    """Sums over samples of correlated logits, multiplied up to a million tokens.
+
+    What hidden units contribute is made up too, as far from even as one exponential makes it.
+    """
     rng = np.random.default_rng(0)
     body, sample = TokenSums.zeros(num_layers, num_experts), []
     for layer in range(num_layers):
@@ -53,7 +56,9 @@ def synthetic_moments(num_layers: int, num_experts: int) -> RouterMoments:
     sums = (body.probability_LE, body.outer_LEE, body.top1_LE, body.topk_LE, body.weight_LE)
     reservoir = Reservoir(SAMPLES, np.arange(SAMPLES, dtype=np.uint64), np.stack(sample, axis=1))
     none = TokenSums.zeros(num_layers, num_experts)
-    return RouterMoments(TOP_K, TokenSums(TOKENS, *(x * times for x in sums)), none, reservoir)
+    units = rng.exponential(TOKENS, size=(num_layers, num_experts, WIDTH))
+    whole = TokenSums(TOKENS, *(x * times for x in sums))
+    return RouterMoments(TOP_K, whole, none, reservoir, units)
 
 
 def whole_command(source: Path, folder: Path, plots: bool) -> float:
