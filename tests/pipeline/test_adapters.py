@@ -139,6 +139,19 @@ def test_a_base_elsewhere_is_asked_for_and_taken_by_name(
     convert.run(config.model_copy(update={"base": str(tiny_model_dir)}), workspace)
 
 
+def test_a_damaged_note_of_the_base_s_place_matters_only_where_no_base_is_given(
+    adapter, tiny_model_dir, workspace, tmp_path
+):
+    (adapter / "local_base.json").write_text("{")
+    config = ConvertConfig(model=str(adapter), output=tmp_path / "out")
+    with pytest.raises(ArtifactError, match=r"local_base\.json is not valid JSON") as caught:
+        convert.run(config, workspace)
+    assert str(caught.value.hint) == "delete it, or give the base's folder with --base"
+    assert not (tmp_path / "out").exists()
+    convert.run(config.model_copy(update={"base": str(tiny_model_dir)}), workspace)
+    assert model_dir.is_model(tmp_path / "out")
+
+
 def test_another_base_is_refused_everywhere_and_nothing_is_written(
     adapter, make_tiny_model, workspace, tmp_path
 ):

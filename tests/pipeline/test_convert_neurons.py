@@ -1,6 +1,8 @@
 """Shared experts of whole hidden units: what they compute, and which units are taken."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from nexus_cli.core.model.gpt_oss.loading import load_model
 from nexus_cli.errors import ArtifactError, ConfigError
 from nexus_cli.io import model_dir, unit_contributions
 from nexus_cli.io.workspace import Workspace
-from nexus_cli.pipeline import collect, convert, pca
+from nexus_cli.pipeline import collect, convert, convert_choice, pca
 
 EXPERTS = [[6, 1, 3], [2, 7, 0]]
 WIDTH = 32
@@ -172,6 +174,98 @@ def test_a_damaged_file_of_units_is_one_clear_error(converted, stats, damage):
         unit_contributions.write(file, np.ones((2, 8, WIDTH)))
     with pytest.raises(ArtifactError, match=r"pca_stats\.units\.npz is"):
         converted()
+
+
+@pytest.mark.parametrize(
+    ("stats_name", "units_name"),
+    [("mine.json", "pca_stats.units.npz"), ("mine.json", "mine.units.npz")],
+)
+def test_statistics_and_units_may_be_copied_under_another_name(
+    converted, stats, tmp_path, stats_name, units_name
+):
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    shutil.copy(stats, folder / stats_name)
+    shutil.copy(unit_contributions.path_beside(stats), folder / units_name)
+    assert (converted(pca_stats=folder / stats_name) / "conversion_metadata.json").exists()
+
+
+def test_statistics_copied_alone_name_the_file_that_is_left_behind(converted, stats, tmp_path):
+    (tmp_path / "copied").mkdir()
+    alone = shutil.copy(stats, tmp_path / "copied" / "mine.json")
+    with pytest.raises(ArtifactError, match=r"pca_stats\.units\.npz is missing") as caught:
+        converted(pca_stats=alone)
+    assert "copy both files" in caught.value.hint
+
+
+def test_units_are_looked_for_beside_the_statistics_only(converted, stats, tmp_path):
+    elsewhere = unit_contributions.path_beside(stats).rename(tmp_path / "elsewhere.npz")
+    document = json.loads(stats.read_text())
+    document["unit_contributions"]["file"] = str(elsewhere)
+    stats.write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match=r"stats/elsewhere\.npz is missing"):
+        converted()
+
+
+@pytest.mark.parametrize("name", [None, 3, [], "", "..", "a\0b"])
+def test_a_name_of_units_that_is_none_is_one_clear_error(converted, stats, name):
+    unit_contributions.path_beside(stats).unlink()
+    document = json.loads(stats.read_text())
+    document["unit_contributions"]["file"] = name
+    stats.write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match=r"name no file|is missing"):
+        converted()
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0.0, "no unit of the experts chosen in layer 1 contributes anything"),
+        (np.inf, "layer 1 contribute is not finite"),
+        (np.nan, "layer 1 contribute is not finite"),
+        (-1.0, "layer 1 contribute is not finite, or is negative"),
+    ],
+)
+def test_contributions_that_rank_no_unit_are_refused(converted, stats, tmp_path, value, said):
+    contribution = np.ones((2, 8, WIDTH))
+    contribution[1] = value
+    document = json.loads(stats.read_text())
+    document["unit_contributions"] = unit_contributions.write(
+        unit_contributions.path_beside(stats), contribution
+    )
+    stats.write_text(json.dumps(document))
+    with pytest.raises(ArtifactError, match=said) as caught:
+        converted()
+    assert "pca_topK" in caught.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_contributions_of_nothing_do_no_harm_where_experts_are_averaged(converted, stats):
+    document = json.loads(stats.read_text())
+    document["unit_contributions"] = unit_contributions.write(
+        unit_contributions.path_beside(stats), np.zeros((2, 8, WIDTH))
+    )
+    stats.write_text(json.dumps(document))
+    assert converted(init_strategy="pca_topK").exists()
+
+
+def test_the_default_takes_as_many_experts_as_layers_name(stats, tiny_model_dir, tmp_path):
+    model, output = str(tiny_model_dir), tmp_path / "out"
+    config = ConvertConfig(model=model, pca_stats=stats, output=output)
+    convert.run(config, Workspace(tmp_path / "workspace"))
+    record = json.loads((output / "conversion_metadata.json").read_text())
+    assert [[e for _, e in layer] for layer in record["experts"]] == EXPERTS
+
+
+def test_the_default_takes_no_more_than_eight_experts(tiny_model_dir):
+    config = ConvertConfig(model=str(tiny_model_dir))
+    places = convert_choice._first(config, [list(range(12)), [5]], Path("pca_stats.json"))
+    assert places == [[(0, e) for e in range(8)], [(1, 5)]]
+
+
+def test_the_defaults_strategy_is_strict_where_it_is_asked_for(converted):
+    with pytest.raises(ConfigError, match="neurons_weighted_top8 needs 8 experts a layer"):
+        converted(init_strategy="neurons_weighted_top8")
 
 
 def test_units_of_experts_of_another_width_are_refused(converted, stats):

@@ -121,6 +121,27 @@ def test_a_repository_that_is_no_adapter_says_so_and_no_file_of_it_is_read(
     assert not [asked for asked in hub.asked if asked.endswith(tuple(files))]
 
 
+def test_of_a_repository_only_the_files_of_an_adapter_are_read(pushed, hub, convert, tmp_path):
+    more = ["LICENSE.md", "NOTICE.txt", "USAGE_POLICY"]
+    foreign = [
+        "LICENSE-code/evil.py",
+        "LICENSE/evil.py",
+        "NOTICE_x/huge.bin",
+        "USAGE_POLICY.py",
+        "local_base.json",
+        "sub/README.md",
+        "sub/adapter.safetensors",
+    ]
+    pushed.commits.append(
+        {name: content for name, content in pushed.files.items() if name != "LICENSE"}
+        | dict.fromkeys(more + foreign, b"{}")
+    )
+    hub.asked.clear()
+    convert(PULLED, output=tmp_path / "out")
+    read = {asked.partition(f"/{pushed.commit_name(2)}/")[2] for asked in hub.asked} - {""}
+    assert read == {"README.md", "adapter.safetensors", "nexus_adapter.json", *more}
+
+
 @pytest.mark.parametrize(
     ("uri", "token", "kind", "words"),
     [
@@ -165,7 +186,20 @@ def test_a_repository_is_spelled_with_its_owner_and_perhaps_a_revision(uri, name
 
 
 @pytest.mark.parametrize(
-    "uri", ["hf://o", "hf:/o/n", "hf://datasets/o/n", "hf://o/n/sub", "hf://o/n@", "hf://o/n@a b"]
+    "uri",
+    [
+        "hf://o",
+        "hf:/o/n",
+        "hf://datasets/o/n",
+        "hf://o/n/sub",
+        "hf://o/n@",
+        "hf://o/n@a b",
+        "hf://o/n@../../x",
+        "hf://o/n@a/..",
+        "hf://o/n@%2E%2E/x",
+        "hf://o/n@/etc/x",
+        "hf://o/n@a//b",
+    ],
 )
 def test_other_spellings_are_refused_with_the_right_one(uri):
     assert client.is_uri(uri)

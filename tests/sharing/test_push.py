@@ -63,6 +63,19 @@ def test_the_training_state_beside_an_adapter_stays_at_home(hub, log_in, machine
     assert hub.repos["tester/small"].files.keys() == FILES
 
 
+def test_licences_go_up_by_their_usual_names_and_others_are_told(
+    hub, log_in, machine, adapter, convert, caplog
+):
+    for name in ("NOTICE.txt", "USAGE_POLICY.md", "LICENSE.py", "LICENSE-2"):
+        (adapter / name).write_text("as you like")
+    (adapter / "LICENSE-code").mkdir()
+    (adapter / "LICENSE-code" / "evil.py").write_text("raise")
+    log_in(machine.home)
+    convert(adapter, adapter=True, push_to_hub="tester/small")
+    assert hub.repos["tester/small"].files.keys() == FILES | {"NOTICE.txt", "USAGE_POLICY.md"}
+    assert "LICENSE-2 is not pushed" in caplog.text
+
+
 def test_an_adapter_of_the_first_format_is_pushed_in_the_present_one(
     hub, log_in, machine, adapter, convert
 ):

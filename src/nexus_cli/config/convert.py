@@ -55,8 +55,8 @@ class ConvertConfig(ConfigModel):
         "neurons_weighted_top8",
         description="neurons: whole hidden units, those that contribute most. neurons_weighted: "
         "the same, each as strong as its expert is used. pca_topK: the mean of experts. They take "
-        "all experts in the statistics, with _topN the first N. Or random, top1, top1_average, "
-        "top4_average.",
+        "all experts in the statistics, with _topN the first N, which every layer must name; only "
+        "the default makes do with fewer than 8. Or random, top1, top1_average, top4_average.",
     )
     start: Literal["gate", "zero-down", "scaled"] = Field(
         "gate",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,16 +29,24 @@ def resolve(
 ) -> ConfigT:
     """Build a ``kind``. ``sets`` are ``path=value`` strings; a flag of ``None`` was not given.
 
+    ``kind.alternatives``, where it has any, are groups of settings that say one thing in several
+    ways: one that the command line gives takes the place of the file's others.
+
     Raises:
         ConfigError: an unreadable file, an unknown key, or a value out of its range; the
             message names every bad key.
     """
     document = _read(file) if file else {}
     values = {key: document[key] for key in SHARED & document.keys() & kind.model_fields.keys()}
-    for layer in (document.get(section) or {}, *map(_parse_set, sets), _given(flags)):
-        if not isinstance(layer, Mapping):
-            raise ConfigError(f"{file}: block '{section}' must hold keys and values")
-        values = _merge(values, layer)
+    block = document.get(section) or {}
+    if not isinstance(block, Mapping):
+        raise ConfigError(f"{file}: block '{section}' must hold keys and values")
+    typed: dict[str, Any] = {}
+    for layer in (*map(_parse_set, sets), _given(flags)):
+        typed = _merge(typed, layer)
+    replaced = _replaced(getattr(kind, "alternatives", ()), typed)
+    values = _merge(values, {key: block[key] for key in block if key not in replaced})
+    values = _merge(values, typed)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -49,6 +57,16 @@ def resolve(
             f"invalid settings: {problems}",
             hint=f"nexus {section} --help lists the flags, docs/configuration.md every setting",
         ) from error
+
+
+def _replaced(groups: Iterable[Sequence[str]], typed: Mapping[str, Any]) -> set[str]:
+    """The settings of a file that ``typed``, the command line's, gives in another way."""
+    return {
+        name
+        for group in groups
+        if any(typed.get(other) is not None for other in group)
+        for name in group
+    }
 
 
 def _problem(section: str, location: Sequence[int | str], kind: str, message: str) -> str:

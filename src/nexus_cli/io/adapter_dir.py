@@ -25,13 +25,17 @@ class _Part(BaseModel):
 
 
 class AdapterShape(_Part):
-    """The sizes that its tensors have; all but the last two are the base's."""
+    """The sizes that its tensors have; all but the last two are the base's.
 
-    num_layers: int = Field(gt=0)
-    num_experts: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    num_shared_experts: int = Field(gt=0)
-    shared_intermediate_size: int = Field(gt=0)
+    They may come from anyone: the bounds, far above any model of the family, keep small what is
+    computed of them before they are compared with the tensors.
+    """
+
+    num_layers: int = Field(gt=0, le=1024)
+    num_experts: int = Field(gt=0, le=2**16)
+    hidden_size: int = Field(gt=0, le=2**20)
+    num_shared_experts: int = Field(gt=0, le=2**10)
+    shared_intermediate_size: int = Field(gt=0, le=2**24)
 
 
 class TensorsFile(_Part):
@@ -109,16 +113,22 @@ def read_local_base(path: Path) -> Path | None:
         ArtifactError: the note is damaged.
     """
     if (path / LOCAL_BASE).is_file():
-        base = model_dir.read_json(path / LOCAL_BASE).get("path")
-        if not isinstance(base, str):
-            raise ArtifactError(
-                f"{path / LOCAL_BASE} names no path", hint="delete it, and give --base"
-            )
-        return Path(base)
+        return Path(_noted(path / LOCAL_BASE))
     config = model_dir.read_json(path / ADAPTER)
     if config.get("format") != FIRST_FORMAT:
         return None
     return Path(str(config["base"]["path"]))
+
+
+def _noted(file: Path) -> str:
+    hint = "delete it, or give the base's folder with --base"
+    try:
+        base = model_dir.read_json(file).get("path")
+    except ArtifactError as error:
+        raise ArtifactError(str(error), hint=hint) from error
+    if not isinstance(base, str):
+        raise ArtifactError(f"{file} names no path", hint=hint)
+    return base
 
 
 def without_places(value: Any) -> Any:

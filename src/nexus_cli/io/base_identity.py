@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from nexus_cli import embedded
 from nexus_cli.errors import ArtifactError
 from nexus_cli.io import hub_cache, model_dir
-from nexus_cli.io.uri import REPOSITORY
+from nexus_cli.io.shard_identity import shard_digest
+from nexus_cli.io.uri import REPOSITORY, REVISION
 
 
 class BaseIdentity(BaseModel):
@@ -24,11 +25,10 @@ class BaseIdentity(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^[^\x00-\x1f\x7f]+$")  # it may come from anyone, and is shown
-    revision: str | None = Field(
-        None, pattern=r"^[0-9A-Za-z][0-9A-Za-z._/-]*$"
-    )  # it is shown to be typed
-    fingerprint: str
+    # All three may come from anyone, and are shown, the revision to be typed.
+    name: str = Field(pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")
+    revision: str | None = Field(None, pattern=rf"^{REVISION.pattern}$")
+    fingerprint: str = Field(pattern=r"^[0-9a-f]+$")
 
     @property
     def repository(self) -> str | None:
@@ -41,8 +41,10 @@ def identity(path: Path, fingerprint: str) -> BaseIdentity:
     if path in (embedded.MODEL_DIR, embedded.MODEL_DIR.resolve()):
         return BaseIdentity(name=model_dir.EMBEDDED, fingerprint=fingerprint)
     own = "".join(character for character in path.name if character.isprintable())
-    name, revision = hub_cache.repository_of(path) or (own or "unnamed", None)
-    return BaseIdentity(name=name, revision=revision, fingerprint=fingerprint)
+    found = hub_cache.repository_of(path)
+    if found is None or not found[0].isprintable() or not REVISION.fullmatch(found[1]):
+        return BaseIdentity(name=own or "unnamed", fingerprint=fingerprint)
+    return BaseIdentity(name=found[0], revision=found[1], fingerprint=fingerprint)
 
 
 def base_record(path: Path, fingerprint: str) -> dict[str, Any]:
@@ -80,6 +82,6 @@ def _is_other(shard: Path, linked: Path, digest: str) -> bool:
     if linked.is_file() and shard.samefile(linked):
         return False  # checked where it is linked
     try:
-        return model_dir.shard_digest(shard) != digest
+        return shard_digest(shard) != digest
     except ArtifactError:
         return True

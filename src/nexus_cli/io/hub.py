@@ -16,14 +16,15 @@ from nexus_cli.io import model_dir
 from nexus_cli.io.adapter_dir import TENSORS
 from nexus_cli.io.hub_errors import explain
 from nexus_cli.io.model_dir import ADAPTER
-from nexus_cli.io.uri import REPOSITORY
+from nexus_cli.io.uri import REPOSITORY, REVISION
 
 _URI = re.compile(r"hf://([^@]+?)/?(?:@(.+))?", re.IGNORECASE)
-_REVISION = re.compile(r"[\w./-]*", re.ASCII)
 CARD = "README.md"
 LIBRARY = {"library_name": "nexus-cli", "library_version": __version__}
-# Nothing else is ever downloaded: no code, no pickle.
-WANTED = [ADAPTER, TENSORS, "LICENSE*", "NOTICE*", "USAGE_POLICY*"]
+LEGAL = [f"{n}{end}" for n in ("LICENSE", "NOTICE", "USAGE_POLICY") for end in ("", ".md", ".txt")]
+# Nothing else is ever pushed or downloaded: no code, no pickle. These are whole names, since in the
+# client's patterns a star stands for slashes too.
+SHARED = [ADAPTER, TENSORS, CARD, *LEGAL]
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def parse_repository(uri: str | Path) -> Repository:
     """
     found = _URI.fullmatch(str(uri).strip())
     name, revision = (found[1], unquote(found[2] or "")) if found else ("", "")
-    if not REPOSITORY.fullmatch(name) or not _REVISION.fullmatch(revision):
+    if not REPOSITORY.fullmatch(name) or not (revision == "" or REVISION.fullmatch(revision)):
         raise ConfigError(
             f"{uri} names no adapter on the hub", hint="write hf://OWNER/NAME or that and @REVISION"
         )
@@ -76,7 +77,7 @@ def pull(repository: Repository) -> Path:
     client = _client(f"reading {repository}")
     with _explained(f"cannot read {repository}", repository.name):
         folder = client.snapshot_download(
-            repository.name, revision=repository.revision, allow_patterns=WANTED, **LIBRARY
+            repository.name, revision=repository.revision, allow_patterns=SHARED, **LIBRARY
         )
     if not (Path(folder) / ADAPTER).is_file():
         raise ArtifactError(
@@ -109,10 +110,10 @@ def require_writer() -> None:
 
 
 def push(folder: Path, name: str, *, public: bool, message: str) -> tuple[str, bool]:
-    """Upload every file of ``folder`` in one commit; a card that is there already stays.
+    """Upload :data:`SHARED` of ``folder`` in one commit; a card that is there already stays.
 
     Args:
-        folder: holds what is to be seen, and nothing else.
+        folder: holds what is to be seen.
         name: ``owner/name``, made if it is not there.
         public: whether a new repository is public, and one that is public may be written to.
         message: of the commit.
@@ -136,7 +137,11 @@ def push(folder: Path, name: str, *, public: bool, message: str) -> tuple[str, b
             )
         kept = [CARD] if api.file_exists(name, CARD) else None
         api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=kept
+            repo_id=name,
+            folder_path=folder,
+            commit_message=message,
+            allow_patterns=SHARED,
+            ignore_patterns=kept,
         )
     return str(url), private
 

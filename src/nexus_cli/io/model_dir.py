@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,8 @@ from typing import Any
 from nexus_cli import embedded
 from nexus_cli.errors import ArtifactError, ConfigError
 from nexus_cli.io.hashing import sha256_json
+from nexus_cli.io.shard_header import read_header as read_header  # a model folder's readers use it
+from nexus_cli.io.shard_identity import shard_digest
 
 EMBEDDED = "embedded"
 BASE_TYPE = "gpt_oss"
@@ -22,8 +22,6 @@ SINGLE = "model.safetensors"
 ADAPTER = "nexus_adapter.json"
 CONVERSION = "conversion_metadata.json"
 TRAINED = "nexus-trained.safetensors"
-SAMPLES = 16
-SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -199,42 +197,10 @@ def _lacking(path: Path, name: str) -> ArtifactError:
     )
 
 
-def read_header(shard: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file.
-
-    Raises:
-        ArtifactError: the file is truncated or not safetensors.
-    """
-    size = shard.stat().st_size
-    with shard.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(size - 8, 100_000_000):
-            raise ArtifactError(
-                f"{shard} is not a safetensors file, or is truncated", hint="download it again"
-            )
-        try:
-            header = dict(json.loads(file.read(length)))
-            spans = (v["data_offsets"] for k, v in header.items() if k != "__metadata__")
-            end = max((int(stop) for _, stop in spans), default=0)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ArtifactError(
-                f"{shard} has a damaged header", hint="download it again"
-            ) from error
-    whole = 8 + length + end
-    if size != whole:
-        raise ArtifactError(
-            f"{shard} is {'truncated' if size < whole else 'too long'}: {size} bytes of {whole}",
-            hint="download it again",
-        )
-    return header
-
-
 def fingerprint(path: Path) -> str:
-    """Identity of a model's weights: config, shard headers, sizes, and samples of the bytes.
+    """Identity of a model's weights: SHA-256, hex, of its config and its shards' digests.
 
-    Hashing all of the 120B model would take minutes for every command, so each shard gives
-    its header and sixteen evenly spaced pages; other weights of the same shape differ in them.
+    What a digest takes of a shard, and what it cannot see: :mod:`~nexus_cli.io.shard_identity`.
 
     Raises:
         ArtifactError: a shard is missing or damaged, or is not the one that was converted.
@@ -251,21 +217,6 @@ def shard_digests(path: Path) -> dict[str, str]:
         ArtifactError: a shard is missing or damaged.
     """
     return {name: shard_digest(path / name) for name in sorted(set(weight_map(path).values()))}
-
-
-def shard_digest(shard: Path) -> str:
-    """SHA-256, hex, of a safetensors file's size, header and sixteen pages.
-
-    Raises:
-        ArtifactError: the file is truncated or not safetensors.
-    """
-    size = shard.stat().st_size
-    digest = hashlib.sha256(json.dumps([size, read_header(shard)], sort_keys=True).encode())
-    with shard.open("rb") as file:
-        for number in range(SAMPLES):
-            file.seek(max(0, (size - SAMPLE_BYTES) * number // (SAMPLES - 1)))
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def _require_unchanged(path: Path, shards: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ tool, which names no chosen experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,24 +72,49 @@ def load_pca_stats(path: Path) -> PcaStats:
 
 
 def _chosen(document: dict[str, Any], path: Path) -> PcaStats:
-    try:
-        layers = [document["layers"][f"layer_{i}"] for i in range(document["num_layers"])]
-        stats = PcaStats(
-            model_fingerprint=document["model_fingerprint"],
-            num_layers=document["num_layers"],
-            num_experts=document["num_experts"],
-            top_k=document["top_k"],
-            experts=tuple(tuple(layer["top_expert_indices"]) for layer in layers),
-            usage=tuple(tuple(layer["usage"]) for layer in layers),
-            method=document.get("method"),
-            tokens=document.get("tokens"),
-        )
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged: it lacks {error}", hint=AGAIN) from error
+    if problem := _layout_problem(document):
+        raise ArtifactError(f"{path} is damaged: {problem}", hint=AGAIN)
+    layers = [document["layers"][f"layer_{i}"] for i in range(document["num_layers"])]
+    stats = PcaStats(
+        model_fingerprint=document["model_fingerprint"],
+        num_layers=document["num_layers"],
+        num_experts=document["num_experts"],
+        top_k=document["top_k"],
+        experts=tuple(tuple(layer["top_expert_indices"]) for layer in layers),
+        usage=tuple(tuple(layer["usage"]) for layer in layers),
+        method=document.get("method"),
+        tokens=document.get("tokens"),
+    )
     for layer, (chosen, usage) in enumerate(zip(stats.experts or (), stats.usage, strict=True)):
         if problem := _choice_problem(chosen, stats) or _usage_problem(usage, stats):
             raise ArtifactError(f"{path} is damaged: layer {layer} {problem}", hint=AGAIN)
     return stats
+
+
+def _layout_problem(document: Mapping[str, Any]) -> str:
+    """What is missing, or of another kind than it must be, if anything."""
+    for name in ("model_fingerprint", "num_layers", "num_experts", "top_k", "layers"):
+        if name not in document:
+            return f"it lacks {name}"
+    for name in ("num_layers", "num_experts", "top_k"):
+        value = document[name]
+        if not (type(value) is int and value > 0) and not (name == "top_k" and value is None):
+            return f"its {name} is no number of one or more: {_shown(value)}"
+    layers = document["layers"]
+    if not isinstance(layers, Mapping):
+        return f"its layers are no entries by name: {_shown(layers)}"
+    for index in range(document["num_layers"]):
+        layer = layers.get(f"layer_{index}")
+        if not isinstance(layer, Mapping):
+            return f"it lacks layer_{index}"
+        for name in ("top_expert_indices", "usage"):
+            if not isinstance(layer.get(name), list):
+                return f"layer {index} lacks a list of its {name}"
+    return ""
+
+
+def _shown(value: object) -> str:
+    return repr(value)[:24]
 
 
 def _choice_problem(chosen: Sequence[Any], stats: PcaStats) -> str:
@@ -101,5 +126,6 @@ def _choice_problem(chosen: Sequence[Any], stats: PcaStats) -> str:
 
 
 def _usage_problem(usage: Sequence[Any], stats: PcaStats) -> str:
-    numbers = all(isinstance(share, int | float) and share >= 0 for share in usage)
+    # NaN is neither; an int may be too large for a float
+    numbers = all(isinstance(share, int | float) and 0 <= share < 2**63 for share in usage)
     return "" if len(usage) == stats.num_experts and numbers else "lacks the usage of its experts"

@@ -23,6 +23,7 @@ from nexus_cli.io.hashing import sha256_file
 FORMAT = "nexus.unit_contributions/1"
 ENTRY = "unit_contributions"  # of pca_stats.json
 AGAIN = "run nexus pca again, with --force"
+BOTH = "copy both files of nexus pca into one folder, or run nexus pca again, with --force"
 
 
 def path_beside(stats: Path) -> Path:
@@ -45,6 +46,8 @@ def write(path: Path, contribution_LEI: NDArray[np.floating[Any]]) -> dict[str, 
 def read(stats: Path, document: Mapping[str, Any]) -> NDArray[np.float32]:
     """The contributions that the statistics ``document``, read from ``stats``, name.
 
+    The statistics may have another name than they were written by; the file is in their folder.
+
     Raises:
         ArtifactError: they name none, or the file is missing, damaged or another one.
     """
@@ -54,16 +57,27 @@ def read(stats: Path, document: Mapping[str, Any]) -> NDArray[np.float32]:
             f"{stats} does not say what hidden units contribute: nexus collect did not sum that",
             hint="run nexus collect and nexus pca again, or use --init-strategy pca_topK",
         )
-    path = path_beside(stats)
     if not isinstance(entry, Mapping) or entry.get("format") != FORMAT:
         raise ArtifactError(f"{stats} is damaged: its {ENTRY} are of no known format", hint=AGAIN)
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing; it belongs to {stats}", hint=AGAIN)
+    path = _find(stats, entry)
     if sha256_file(path) != entry.get("sha256"):
-        raise ArtifactError(f"{path} is damaged, or of other statistics than {stats}", hint=AGAIN)
+        raise ArtifactError(f"{path} is damaged, or of other statistics than {stats}", hint=BOTH)
     try:
         with np.load(path, allow_pickle=False) as file:
             contribution_LEI: NDArray[np.float32] = file["contribution"]
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ArtifactError(f"{path} is not a {FORMAT} file", hint=AGAIN) from error
     return contribution_LEI
+
+
+def _find(stats: Path, entry: Mapping[str, Any]) -> Path:
+    """The file under the name that fits the statistics' now, or else the name it was written by."""
+    name = entry.get("file")
+    if not isinstance(name, str):
+        raise ArtifactError(f"{stats} is damaged: its {ENTRY} name no file", hint=AGAIN)
+    # only in the same folder: a file that was copied here must not reach for another
+    written = stats.parent / Path(name).name
+    for path in (path_beside(stats), written):
+        if path.is_file():
+            return path
+    raise ArtifactError(f"{written} is missing; it belongs to {stats}", hint=BOTH)

@@ -14,7 +14,10 @@ UNDERSTOOD = (
     "a location is a path, file:///folder, s3://bucket/folder, gs://bucket/folder "
     "or hf://datasets/owner/name/folder"
 )
-REPOSITORY = re.compile(r"[0-9A-Za-z_][\w.-]*/[0-9A-Za-z_][\w.-]*", re.ASCII)  # of the hub
+# Of the hub. No part of a revision begins with a dot, and none is empty, as git has it: the hub's
+# client makes a path of it.
+REPOSITORY = re.compile(r"[0-9A-Za-z_][\w.-]*/[0-9A-Za-z_][\w.-]*", re.ASCII)
+REVISION = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_-]*(?:[./][0-9A-Za-z_-]+)*")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(/+)(.*)", re.DOTALL)
 _TYPES = ("datasets", "spaces")  # of the hub's repositories; a model has no prefix
 _BUCKET = re.compile(r"[A-Za-z0-9._-]+")

@@ -83,11 +83,13 @@ def find_base(adapter: Adapter, given: str | None) -> Path:
 
     Raises:
         ConfigError: it is at none of these.
-        ArtifactError: another model is at ``given`` or where the base was.
+        ArtifactError: another model is at ``given`` or where the base was, or the note of where
+            it was is damaged.
     """
-    recorded = adapter_dir.read_local_base(adapter.path)
+    # A note that is damaged is of no account where the base is given.
+    recorded = None if given is not None else adapter_dir.read_local_base(adapter.path)
     named: str | Path | None = given
-    if named is None and recorded is not None and model_dir.is_model(recorded):
+    if recorded is not None and model_dir.is_model(recorded):
         named = recorded
     if named is not None:
         found = model_dir.resolve_model(named)

@@ -19,6 +19,7 @@ from nexus_cli.core.model.gpt_oss.export import NEXUS_SHARD
 from nexus_cli.errors import ArtifactError, ConfigError, ResourceError
 from nexus_cli.io import adapter_dir, console, hub, model_dir
 from nexus_cli.io.hashing import sha256_json
+from nexus_cli.io.shard_identity import shard_digest
 from nexus_cli.io.workspace import Workspace
 from nexus_cli.pipeline import share
 from nexus_cli.pipeline.adapters import find_base, names_adapter, open_adapter
@@ -135,7 +136,7 @@ def _trained(path: Path) -> Artifact:
         raise ArtifactError(f"{path} lacks {NEXUS_SHARD}", hint="copy the model again, whole")
     if (problem := _problem(path)) is not None:
         log.warning("%s; the adapter is made of what was trained, and fits the original", problem)
-    shard = model_dir.shard_digest(path / NEXUS_SHARD)
+    shard = shard_digest(path / NEXUS_SHARD)
     return Artifact(path, sha256_json({"config": model_dir.read_config(path), "trained": shard}))
 
 

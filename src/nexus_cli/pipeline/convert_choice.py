@@ -97,10 +97,15 @@ def _places(config: ConvertConfig, stats: PcaStats, path: Path) -> list[list[Pla
 def _first(
     config: ConvertConfig, experts: Sequence[Sequence[int]], path: Path
 ) -> list[list[Place]]:
-    """The first N chosen experts of every layer, or all that it names."""
+    """The first N chosen experts of every layer, or all that it names.
+
+    The default's N is what nobody asked for, so a layer that names fewer gives what it has.
+    """
     count = config.num_experts
+    by_default = "init_strategy" not in config.model_fields_set
     fewest = min(range(len(experts)), key=lambda layer: len(experts[layer]))
-    if count is not None and count > (named := len(experts[fewest])):
+    named = len(experts[fewest])
+    if count is not None and count > named and not by_default:
         raise ConfigError(
             f"{config.init_strategy} needs {count} experts a layer, and {path} names {named} in "
             f"layer {fewest}",

@@ -47,9 +47,10 @@ def conversion_record(
             "output_gates": "float32",
         },
         "validation": {
-            # Both hold for every folder that was written: a conversion that fails leaves none.
+            # The first two are checks, which passed: a conversion that fails one leaves no folder.
             "packed_experts_complete": True,
             "shared_experts_finite": True,
+            # Not checked: a property of the start, which docs/model.md derives.
             "equals_base_at_start": config.start != "scaled" or not config.num_shared_experts,
         },
         "environment": manifest.environment(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,8 +45,8 @@ def choose_neurons(config: ConvertConfig, choice: Choice, shape: ModelShape) -> 
     """For each layer, the units of the chosen experts that contribute most.
 
     Raises:
-        ArtifactError: the statistics do not say what units contribute, or are of experts of
-            another width.
+        ArtifactError: the statistics do not say what units contribute, are of experts of another
+            width, or say of all units in question that they contribute nothing.
     """
     path = choice.source.path
     contribution_LEI = unit_contributions.read(path, model_dir.read_json(path))
@@ -56,11 +57,30 @@ def choose_neurons(config: ConvertConfig, choice: Choice, shape: ModelShape) -> 
             f"contribute; the model has {list(expected)}",
             hint="run nexus collect and nexus pca on this model",
         )
+    experts = [[expert for _, expert in places] for places in choice.places]
+    _require_contributions(contribution_LEI, experts, path)
     width = width_of(config, shape)
     return [
-        choose_units(contribution_EI, [expert for _, expert in places], width)
-        for contribution_EI, places in zip(contribution_LEI, choice.places, strict=True)
+        choose_units(contribution_EI, chosen, width)
+        for contribution_EI, chosen in zip(contribution_LEI, experts, strict=True)
     ]
+
+
+def _require_contributions(
+    contribution_LEI: NDArray[np.float32], experts: Sequence[Sequence[int]], path: Path
+) -> None:
+    """Refuse numbers that rank no unit above another."""
+    for layer, (contribution_EI, chosen) in enumerate(zip(contribution_LEI, experts, strict=True)):
+        problem = ""
+        if not (np.isfinite(contribution_EI) & (contribution_EI >= 0)).all():
+            problem = f"what units of layer {layer} contribute is not finite, or is negative"
+        elif not contribution_EI[list(chosen)].any():
+            problem = f"no unit of the experts chosen in layer {layer} contributes anything"
+        if problem:
+            raise ArtifactError(
+                f"{path}: {problem}",
+                hint="run nexus collect and nexus pca again, or use --init-strategy pca_topK",
+            )
 
 
 def starting_expert(

@@ -43,8 +43,10 @@ def stage_files(adapter: Adapter, folder: Path, repository: str) -> None:
     (folder / adapter_dir.TENSORS).symlink_to(tensors)
     adapter_dir.write_config(folder, adapter.config)
     for file in sorted(adapter.path.iterdir()):
-        if file.is_file() and (file.name.startswith(LICENCES) or file.name == hub.CARD):
+        if file.name in (*hub.LEGAL, hub.CARD) and file.is_file():
             shutil.copyfile(file, folder / file.name)
+        elif file.name.startswith(LICENCES) and file.is_file():
+            log.warning("%s is not pushed: a licence is one of %s", file, ", ".join(hub.LEGAL))
     if not (folder / hub.CARD).exists():
         text = model_card(repository, folder, adapter.config)
         (folder / hub.CARD).write_text(text, encoding="utf-8")

@@ -60,19 +60,47 @@ def test_a_first_format_that_names_no_base_is_damaged(first, base):
 
 
 @pytest.mark.parametrize(
-    "named", [{"name": "o/n", "revision": "x; rm -r ~"}, {"name": "\x1b[2J", "revision": None}]
+    "named",
+    [
+        {"name": "o/n", "revision": "x; rm -r ~"},
+        {"name": "o/n", "revision": "a/../../x"},
+        {"name": "\x1b[2J", "revision": None},
+        {"name": "\x9b2J", "revision": None},  # the same in one character
+        {"name": "o/n", "revision": None, "fingerprint": "\x1b[2J"},
+    ],
 )
 def test_a_name_that_would_harm_whoever_reads_or_types_it_is_refused(first, named):
-    base = named | {"fingerprint": "ab"}
+    base = {"fingerprint": "ab"} | named
     with pytest.raises(ArtifactError, match="not a nexus"):
         adapter_dir.read_config(first(format="nexus.adapter/2", base=base))
 
 
-def test_a_damaged_note_of_the_base_s_place_is_named(first):
+@pytest.mark.parametrize(
+    "size",
+    [
+        "num_layers",
+        "num_experts",
+        "hidden_size",
+        "num_shared_experts",
+        "shared_intermediate_size",
+    ],
+)
+@pytest.mark.parametrize("value", [0, 10**9])
+def test_a_size_that_no_model_has_is_refused(first, size, value):
+    with pytest.raises(ArtifactError, match="not a nexus"):
+        adapter_dir.read_config(first(shape=FIRST["shape"] | {size: value}))
+
+
+@pytest.mark.parametrize(
+    ("note", "words"), [("{}", "names no path"), ("{", "is not valid JSON"), ("[]", "no JSON obj")]
+)
+def test_a_damaged_note_of_the_base_s_place_is_named(first, note, words):
     folder = first()
-    (folder / "local_base.json").write_text("{}")
-    with pytest.raises(ArtifactError, match=r"local_base\.json names no path"):
+    (folder / "local_base.json").write_text(note)
+    with pytest.raises(ArtifactError, match=rf"local_base\.json .*{words}") as caught:
         adapter_dir.read_local_base(folder)
+    assert "delete it" in str(caught.value.hint)
+    assert "--base" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
@@ -97,3 +125,8 @@ def test_the_embedded_model_has_a_name_that_holds_everywhere():
 
 def test_a_folder_anywhere_else_is_known_by_its_own_name():
     assert identity(Path("/home/me/models/mine"), "ab").name == "mine"
+
+
+def test_a_folder_that_only_looks_like_the_hub_s_is_known_by_its_own_name():
+    found = identity(Path("/home/me/models--o--n/snapshots/my copy"), "ab")
+    assert (found.name, found.revision) == ("my copy", None)

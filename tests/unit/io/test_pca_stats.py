@@ -61,9 +61,43 @@ def test_a_damaged_layer_is_named(load, content, said):
     assert "nexus pca" in caught.value.hint
 
 
-@pytest.mark.parametrize("usage", [[0.25, 0.25, 0.25, None], [0.5, 0.5, 0.5, -0.5]])
+@pytest.mark.parametrize(
+    "usage",
+    [
+        [0.25, 0.25, 0.25, None],
+        [0.5, 0.5, 0.5, -0.5],
+        [0.25, 0.25, 0.25, float("inf")],
+        [0.25, 0.25, 0.25, float("nan")],
+        [0.25, 0.25, 0.25, 10**400],
+    ],
+)
 def test_usage_that_is_no_share_is_refused(load, usage):
     content = document()
     content["layers"]["layer_1"]["usage"] = usage
     with pytest.raises(ArtifactError, match="layer 1 lacks the usage"):
+        load(content)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_layers": "2"}, "its num_layers is no number of one or more: '2'"),
+        ({"num_experts": 0}, "its num_experts is no number of one or more: 0"),
+        ({"top_k": "2"}, "its top_k is no number of one or more: '2'"),
+        ({"layers": [1, 2]}, r"its layers are no entries by name: \[1, 2\]"),
+        ({"num_layers": 3}, "it lacks layer_2"),
+        ({"layers": {"layer_0": "x"}}, "it lacks layer_0"),
+        ({"layers": {"layer_0": {"usage": [1]}}}, "layer 0 lacks a list of its top_expert_indices"),
+        ({"layers": {"layer_0": {"top_expert_indices": [1]}}}, "layer 0 lacks a list of its usage"),
+    ],
+)
+def test_what_is_damaged_is_said_in_words(load, changes, said):
+    with pytest.raises(ArtifactError, match=f"is damaged: {said}"):
+        load(document(**changes))
+
+
+def test_what_is_missing_is_named(load):
+    content = document()
+    del content["top_k"]
+    with pytest.raises(ArtifactError, match="is damaged: it lacks top_k"):
         load(content)

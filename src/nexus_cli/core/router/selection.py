@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 # A residual below this share of the expert's own variance is rounding, not variance.
 _EXHAUSTED = 1e-9
-# One below this share is a copy: rounding a router's logits to bfloat16 leaves less than that
-# between two copies of an expert.
+# An expert of which one taken expert leaves less than this share is its copy: rounding a router's
+# logits to bfloat16 leaves less than that between two copies.
 _COPY = 1e-3
 
 
@@ -72,11 +72,15 @@ def select_diverse(
     Each step takes the largest ``usage_e * Var(p_e | p of the taken)``, the conditional variance
     under a linear model. This is Cholesky decomposition of ``D C D`` with complete pivoting,
     ``D = diag(sqrt(usage))`` (Harbrecht, Peters and Schneider 2012), and equally the greedy
-    maximisation of the log-determinant of the chosen block. An expert that repeats a taken one,
-    up to an affine map and to less than 3 % of its standard deviation, counts as explained, and
-    is never taken while another is not, however rarely that is used.
+    maximisation of the log-determinant of the chosen block.
 
-    When all that remain are explained, the rest is filled by usage; ``independent`` tells.
+    Two kinds of experts are redundant, and never taken while another is not, however rarely that
+    is used: one that those taken explain but for rounding, and a copy of a taken one, which rises
+    with it and is known from it to less than 3 % of its standard deviation. An expert that falls
+    as another rises is no copy: where two share nearly all tokens, each is about one minus the
+    other, and both do half of the work.
+
+    When all that remain are redundant, the rest is filled by usage; ``independent`` tells.
 
     Args:
         covariance_EE: of router probabilities, symmetric ``[E, E]``, float64.
@@ -98,11 +102,12 @@ def select_diverse(
     kernel_EE = scale_E[:, None] * covariance_EE * scale_E[None, :]
     own_E = np.diagonal(kernel_EE).copy()
     left_E = own_E.copy()
+    copy_E = np.zeros(num_experts, bool)
     factor_TE = np.zeros((count, num_experts))
     taken: list[int] = []
     scores: list[float] = []
     while len(taken) < count:
-        open_E = left_E > _COPY * own_E
+        open_E = (left_E > _EXHAUSTED * own_E) & ~copy_E
         open_E[taken] = False
         if not open_E.any():
             break
@@ -115,11 +120,20 @@ def select_diverse(
         scores.append(float(left_E[pivot] / own_E.sum()))
         taken.append(pivot)
         left_E = np.maximum(left_E - row_E**2, 0.0)
+        copy_E |= _copies(kernel_EE, pivot)
     independent = len(taken)
     rest = [int(e) for e in np.argsort(-usage_E, kind="stable") if int(e) not in set(taken)]
     taken += rest[: count - independent]
     scores += [0.0] * (count - independent)
     return ExpertSelection(np.array(taken, np.int64), np.array(scores), independent)
+
+
+def _copies(kernel_EE: NDArray[np.float64], original: int) -> NDArray[np.bool_]:
+    """Which experts correlate with ``original``, positively, to ``1 - r^2 < _COPY``."""
+    with_E, own_E = kernel_EE[original], np.diagonal(kernel_EE)
+    known_E = np.square(with_E) > (1 - _COPY) * own_E[original] * own_E
+    copy_E: NDArray[np.bool_] = known_E & (with_E > 0)
+    return copy_E
 
 
 def explained_by(covariance_EE: NDArray[np.float64], experts_T: NDArray[np.int64]) -> float:

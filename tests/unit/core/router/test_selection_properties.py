@@ -111,6 +111,31 @@ def test_an_affine_copy_of_any_sign_is_a_copy(seed, scale):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("scale", "both"), [(0.5, False), (-0.5, True)])
+def test_a_noisy_copy_is_one_only_if_it_rises_with_its_original(seed, scale, both):
+    samples = logits(*router(seed, 8), seed).double().softmax(-1).numpy()
+    original = int(samples.var(axis=0).argmax())
+    noise = 0.01 * samples[:, original].std() * np.random.default_rng(seed).normal(size=TOKENS)
+    samples = np.column_stack([samples, 0.6 + scale * (samples[:, original] + noise)])
+    chosen = select_diverse(np.cov(samples.T), samples.mean(axis=0), 9)
+    assert ({original, 8} <= set(chosen.experts_T[: chosen.independent].tolist())) == both
+
+
+@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("steepness", [8, 32])
+def test_two_experts_that_share_nearly_all_tokens_are_both_taken(steepness, seed):
+    weight, bias = router(seed, 32)
+    weight, bias = 0.3 * weight, 0 * bias
+    direction = np.random.default_rng([seed, 2]).normal(size=HIDDEN)
+    weight[0] = steepness * direction / np.linalg.norm(direction)
+    weight[1] = -weight[0]
+    bias[:2] = 6  # each is about one minus the other
+    covariance, usage = statistics(weight, bias, seed)
+    assert usage[:2].min() > 0.4
+    assert {0, 1} <= set(select_diverse(covariance, usage, 24).experts_T.tolist())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_rare_expert_comes_before_a_noisy_copy_of_the_commonest(seed):
     weight, bias = router(seed, 8)
     weight[0], bias[0] = 4 * weight[0], bias[0] + 2

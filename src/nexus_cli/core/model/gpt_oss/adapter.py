@@ -198,6 +198,7 @@ def read_sizes(model: Path) -> AdapterShape:
 
     Raises:
         ConfigError: the model has no shared expert.
+        ArtifactError: a size is none that an adapter may have.
     """
     shape = model_dir.read_shape(model)
     if not shape.num_shared_experts:
@@ -205,13 +206,15 @@ def read_sizes(model: Path) -> AdapterShape:
             f"{model} has no shared expert, so there is nothing to make an adapter of",
             hint=f"run: nexus convert --input {model} --output <folder>",
         )
-    return AdapterShape(
-        num_layers=shape.num_layers,
-        num_experts=shape.num_experts,
-        hidden_size=shape.hidden_size,
-        num_shared_experts=shape.num_shared_experts,
-        shared_intermediate_size=shape.shared_intermediate_size,
-    )
+    sizes = {name: getattr(shape, name) for name in AdapterShape.model_fields}
+    try:
+        return AdapterShape(**sizes)
+    except ValidationError as error:
+        wrong = error.errors()[0]["loc"][0]
+        raise ArtifactError(
+            f"{model / 'config.json'} has a size that no adapter has: {wrong} {sizes[str(wrong)]}",
+            hint="convert the original model again",
+        ) from error
 
 
 def _check_layout(owner: Path, file: Path, sizes: AdapterShape) -> None:
@@ -222,9 +225,12 @@ def _check_layout(owner: Path, file: Path, sizes: AdapterShape) -> None:
         for name, entry in header.items()
         if name != "__metadata__"
     }
-    wanted = _layout(sizes, {match[1] for name in found if (match := ROUTER.fullmatch(name))})
+    routers = {match[1] for name in found if (match := ROUTER.fullmatch(name))}
+    wanted = _layout(sizes, routers) if sizes.num_layers <= len(found) else {}
     if foreign := [n for n in found if not (SHARED_EXPERT.fullmatch(n) or ROUTER.fullmatch(n))]:
         problem = f"holds {foreign[0]}, which Nexus does not train"
+    elif not wanted:
+        problem = f"holds {len(found)} tensors, too few for {sizes.num_layers} layers"
     elif missing := sorted(wanted.keys() - found.keys()):
         problem = f"lacks the tensor {missing[0]}"
     elif extra := sorted(found.keys() - wanted.keys()):
