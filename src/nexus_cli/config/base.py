@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -12,7 +12,13 @@ ExpertsBackend = Literal["auto", "torch", "dequant", "fused", "bf16"]
 
 
 class ConfigModel(BaseModel):
-    """Frozen, and an unknown key is an error: a typo must not fall back to a default."""
+    """Frozen, and an unknown key is an error: a typo must not fall back to a default.
+
+    Attributes:
+        alternatives: groups of settings that say one thing in several ways.
+    """
+
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, defer_build=True, protected_namespaces=()

@@ -29,8 +29,7 @@ def resolve(
 ) -> ConfigT:
     """Build a ``kind``. ``sets`` are ``path=value`` strings; a flag of ``None`` was not given.
 
-    ``kind.alternatives``, where it has any, are groups of settings that say one thing in several
-    ways: one that the command line gives takes the place of the file's others.
+    Of ``kind.alternatives``, one that the command line gives takes the place of the file's others.
 
     Raises:
         ConfigError: an unreadable file, an unknown key, or a value out of its range; the
@@ -44,7 +43,7 @@ def resolve(
     typed: dict[str, Any] = {}
     for layer in (*map(_parse_set, sets), _given(flags)):
         typed = _merge(typed, layer)
-    replaced = _replaced(getattr(kind, "alternatives", ()), typed)
+    replaced = _replaced(kind.alternatives, typed)
     values = _merge(values, {key: block[key] for key in block if key not in replaced})
     values = _merge(values, typed)
     try:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from nexus_cli.core.kernels.placement import on_gpu
 
-# Shape letters in this file: R routed rows sorted by expert, E experts, I expert width.
+# Shape letters in this file: R routed rows sorted by expert, N of one expert, E experts, I expert
+# width.
 
 
 def add_unit_sums_(
@@ -48,11 +49,15 @@ def add_unit_sums_torch_(
     sum_EI: Tensor, hidden_RI: Tensor, weight_R: Tensor, offsets_E: Tensor, scale_EI: Tensor
 ) -> Tensor:
     """:func:`add_unit_sums_` in PyTorch, on any device; reads the offsets on the host."""
-    dtype = torch.promote_types(hidden_RI.dtype, torch.float32)
     begin = 0
     for expert, end in enumerate(offsets_E.tolist()):
         rows = slice(begin, end)
-        total_I = weight_R[rows].to(dtype) @ hidden_RI[rows].to(dtype).abs()
-        sum_EI[expert] += total_I * scale_EI[expert]
+        add_expert_(sum_EI[expert], hidden_RI[rows], weight_R[rows], scale_EI[expert])
         begin = end
     return sum_EI
+
+
+def add_expert_(sum_I: Tensor, hidden_NI: Tensor, weight_N: Tensor, scale_I: Tensor) -> None:
+    """The sum of one expert, over its rows alone, in PyTorch, on any device."""
+    dtype = torch.promote_types(hidden_NI.dtype, torch.float32)
+    sum_I += weight_N.to(dtype) @ hidden_NI.to(dtype).abs() * scale_I

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,10 +123,15 @@ def select_diverse(
         left_E = np.maximum(left_E - row_E**2, 0.0)
         copy_E |= _copies(kernel_EE, pivot)
     independent = len(taken)
-    rest = [int(e) for e in np.argsort(-usage_E, kind="stable") if int(e) not in set(taken)]
-    taken += rest[: count - independent]
+    taken += _most_used(usage_E, count - independent, besides=taken)
     scores += [0.0] * (count - independent)
     return ExpertSelection(np.array(taken, np.int64), np.array(scores), independent)
+
+
+def _most_used(usage_E: NDArray[np.float64], count: int, besides: Sequence[int]) -> list[int]:
+    known = set(besides)
+    ranked = [int(e) for e in np.argsort(-usage_E, kind="stable")]
+    return [e for e in ranked if e not in known][:count]
 
 
 def _copies(kernel_EE: NDArray[np.float64], original: int) -> NDArray[np.bool_]:

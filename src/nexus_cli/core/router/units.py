@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nexus_cli.core.kernels.routing import Routing
-from nexus_cli.core.kernels.unit_sums import add_unit_sums_
+from nexus_cli.core.kernels.unit_sums import add_expert_, add_unit_sums_
 
 # Shape letters in this file: L layers, E experts, I expert width, T rows of a forward pass,
 # padding included, K experts a token, R = T * K routed rows sorted by expert, N counted tokens.
@@ -60,18 +60,19 @@ class UnitAccumulator:
         self, layer: int, expert: int, hidden_NI: Tensor, slot_N: Tensor, scores_TK: Tensor
     ) -> None:
         """Add rows of one expert; ``slot_N`` is ``t * K + k`` of each."""
-        weight_N = self._weights(scores_TK)[slot_N]
-        wide = torch.promote_types(hidden_NI.dtype, torch.float32)
-        total_I = weight_N.to(wide) @ hidden_NI.to(wide).abs()
-        self._sum_LEI[layer, expert] += total_I * self._down_norm_LEI[layer, expert]
+        add_expert_(
+            self._sum_LEI[layer, expert],
+            hidden_NI,
+            self._weights(scores_TK, slot_N),
+            self._down_norm_LEI[layer, expert],
+        )
 
     def add_rows(self, layer: int, hidden_RI: Tensor, routing: Routing, scores_TK: Tensor) -> None:
         """Add the rows of all experts."""
-        weight_R = self._weights(scores_TK).index_select(0, routing.slot_R)
         add_unit_sums_(
             self._sum_LEI[layer],
             hidden_RI,
-            weight_R,
+            self._weights(scores_TK, routing.slot_R),
             routing.offsets_E,
             self._down_norm_LEI[layer],
         )
@@ -88,9 +89,10 @@ class UnitAccumulator:
             raise ValueError(f"the experts of layer {int(bad.argmax())} produced NaN")
         return sum_LEI
 
-    def _weights(self, scores_TK: Tensor) -> Tensor:
-        """Applied weight of every slot ``[T * K]``, float32; 0 where the token is not counted."""
-        return (scores_TK.float() * self._counted_T[:, None]).reshape(-1)
+    def _weights(self, scores_TK: Tensor, slot_N: Tensor) -> Tensor:
+        """Applied weight of rows ``[N]``, float32; 0 where the token is not counted."""
+        score_N = scores_TK.reshape(-1).index_select(0, slot_N).float()
+        return score_N * self._counted_T.index_select(0, slot_N // scores_TK.shape[1])
 
 
 class LayerUnits:

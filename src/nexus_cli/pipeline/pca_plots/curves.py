@@ -13,10 +13,12 @@ from nexus_cli.core.router.analysis import LayerAnalysis
 from nexus_cli.core.router.distribution import PERCENTILES
 from nexus_cli.pipeline.pca_plots.style import (
     BLUE,
+    DASHED,
     GREEN,
     INK,
     MUTED,
     ORANGE,
+    PAIR,
     PURPLE,
     by_layer,
     depth_color,
@@ -29,8 +31,6 @@ from nexus_cli.pipeline.pca_plots.style import (
 
 # Shape letters in this file: L layers, E experts, R sampled tokens.
 
-SIZE = (11, 4.4)
-DASHED = (0, (4, 3))
 MOST_COMPONENTS = 40  # beyond these the curves are flat
 MOST_TOKENS = 1024
 FAINTEST = 1e-5  # of the strongest importance; what is less is drawn there
@@ -38,7 +38,7 @@ FAINTEST = 1e-5  # of the strongest importance; what is less is drawn there
 
 def variance(layers: Sequence[LayerAnalysis]) -> Figure:
     """How few components describe each layer's router."""
-    figure = Figure(figsize=SIZE)
+    figure = Figure(figsize=PAIR)
     left, right = figure.subplots(1, 2)
     shown = min(len(layers[0].usage_E), MOST_COMPONENTS)
     for index, layer in enumerate(layers):
@@ -66,7 +66,7 @@ def variance(layers: Sequence[LayerAnalysis]) -> Figure:
 def distribution(layers: Sequence[LayerAnalysis]) -> Figure:
     """How much of the importance the most important experts hold, and how it falls with rank."""
     importance_LE = np.sort(np.stack([layer.importance_E for layer in layers]))[:, ::-1]
-    figure = Figure(figsize=(SIZE[0], 2 * SIZE[1]))
+    figure = Figure(figsize=(PAIR[0], 2 * PAIR[1]))
     (held, share), (rank, spread) = figure.subplots(2, 2)
     _held(held, importance_LE)
     depth_scale(figure, held, len(layers))
@@ -143,7 +143,7 @@ def confidence(sample_RLE: NDArray[np.float16]) -> Figure:
     probability_RLE = sample_RLE[:MOST_TOKENS].astype(np.float32)
     logarithm_RLE = np.log(np.maximum(probability_RLE, 1e-12))
     effective_RL = np.exp(-(probability_RLE * logarithm_RLE).sum(-1))
-    figure = Figure(figsize=SIZE)
+    figure = Figure(figsize=PAIR)
     left, right = figure.subplots(1, 2)
     for axes, values_RL, color, title in (
         (left, probability_RLE.max(-1), BLUE, "Probability of the first choice"),

@@ -17,6 +17,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 DPI = 110
+PAIR = (11, 4.4)  # inches, of two panels side by side
+DASHED = (0, (4, 3))
 INK, MUTED, GRID = "#22303c", "#6b7a87", "#e4e9ed"
 BLUE, ORANGE, GREEN, PURPLE = "#2166ac", "#d9722e", "#2f8f6b", "#7a5aa6"
 DEPTH = mpl.colormaps["viridis"]

@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from nexus_cli.core.router.unit_choice import share_of_best
 from nexus_cli.pipeline.pca_plots.style import (
     BLUE,
+    DASHED,
     GREEN,
     MUTED,
+    PAIR,
     by_layer,
     depth_color,
     depth_scale,
@@ -21,8 +23,6 @@ from nexus_cli.pipeline.pca_plots.style import (
 
 # Shape letters in this file: L layers, E experts, I expert width.
 
-SIZE = (11, 4.4)
-DASHED = (0, (4, 3))
 POINTS = 80  # of a curve
 
 
@@ -34,7 +34,7 @@ def contributions(contribution_LEI: NDArray[np.float32], chosen: Sequence[Sequen
         chosen: the experts taken in each layer.
     """
     num_layers, num_experts, width = contribution_LEI.shape
-    figure = Figure(figsize=SIZE)
+    figure = Figure(figsize=PAIR)
     left, right = figure.subplots(1, 2)
     counts = np.unique(np.geomspace(1, num_experts * width, POINTS).astype(np.int64))
     for index, contribution_EI in enumerate(contribution_LEI):
