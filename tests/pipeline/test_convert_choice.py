@@ -90,6 +90,12 @@ def test_more_experts_than_a_layer_names_is_an_error_that_names_the_layer(
     assert not (tmp_path / "out").exists()
 
 
+def test_nothing_is_suggested_that_the_model_has_no_experts_for(metadata, chosen):
+    with pytest.raises(ConfigError, match="the model has 8") as caught:
+        metadata(chosen, "pca_top9")
+    assert caught.value.hint == "use --init-strategy pca_top1"
+
+
 @pytest.mark.parametrize(
     ("strategy", "expected"),
     [

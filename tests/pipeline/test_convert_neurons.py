@@ -259,7 +259,7 @@ def test_the_default_takes_as_many_experts_as_layers_name(stats, tiny_model_dir,
 
 def test_the_default_takes_no_more_than_eight_experts(tiny_model_dir):
     config = ConvertConfig(model=str(tiny_model_dir))
-    places = convert_choice._first(config, [list(range(12)), [5]], Path("pca_stats.json"))
+    places = convert_choice._first(config, [list(range(12)), [5]], 12, Path("pca_stats.json"))
     assert places == [[(0, e) for e in range(8)], [(1, 5)]]
 
 

@@ -71,7 +71,10 @@ def resolve_model(name: str | Path) -> Path:
             hint=f"run: nexus convert --input {path} --output <folder>",
         )
     if not is_model(path):
-        raise ConfigError(f"{path} has no config.json, so it is not a model folder")
+        raise ConfigError(
+            f"{path} has no config.json, so it is not a model folder",
+            hint="give a downloaded model's, a converted one's or a checkpoint's own folder",
+        )
     return path.resolve()
 
 

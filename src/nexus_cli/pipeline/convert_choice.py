@@ -91,11 +91,11 @@ def _places(config: ConvertConfig, stats: PcaStats, path: Path) -> list[list[Pla
             hint="run nexus collect and nexus pca, or use --init-strategy top1, top1_average or "
             "top4_average",
         )
-    return _first(config, stats.experts, path)
+    return _first(config, stats.experts, stats.num_experts, path)
 
 
 def _first(
-    config: ConvertConfig, experts: Sequence[Sequence[int]], path: Path
+    config: ConvertConfig, experts: Sequence[Sequence[int]], num_experts: int, path: Path
 ) -> list[list[Place]]:
     """The first N chosen experts of every layer, or all that it names.
 
@@ -106,10 +106,11 @@ def _first(
     fewest = min(range(len(experts)), key=lambda layer: len(experts[layer]))
     named = len(experts[fewest])
     if count is not None and count > named and not by_default:
+        smaller = re.sub(r"\d+$", str(named), config.init_strategy)
+        more = f"run: nexus pca --top-k {count}, or " if count <= num_experts else ""
         raise ConfigError(
             f"{config.init_strategy} needs {count} experts a layer, and {path} names {named} in "
-            f"layer {fewest}",
-            hint=f"run: nexus pca --top-k {count}, or use --init-strategy "
-            + re.sub(r"\d+$", str(named), config.init_strategy),
+            f"layer {fewest}" + ("" if more else f"; the model has {num_experts}"),
+            hint=f"{more}use --init-strategy {smaller}",
         )
     return [[(layer, expert) for expert in chosen[:count]] for layer, chosen in enumerate(experts)]
